@@ -1,0 +1,144 @@
+"""The adapter to transformers' attention and mask interfaces: no model code is touched.
+
+A model whose attention goes through the interface calls the function registered here under the name in its config
+and hands it every extra keyword of `model.forward`. We pass one keyword, `thought_pass`: an immutable object that
+says what this pass is. Each pass has its own, because under gradient checkpointing a layer runs again during
+backward, long after the next pass has begun.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from qstar_kernels import thought_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qstar.cache import SlotCache, TextKeysValues
+
+TEXT_ATTENTION = ("sdpa", "eager")  # what may attend inside the text itself
+_PREFIX = "qstar_over_"
+
+
+class TextPass:
+    """The pass over the text: the model's own attention, whose K/V of every layer are kept with their graph."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, own: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
+        # a layer that is run again by gradient checkpointing must not replace what later passes read
+        self._layers.setdefault(module.layer_idx, (k.transpose(1, 2), v.transpose(1, 2)))  # type: ignore[arg-type]
+        return own(module, q, k, v, mask, **options)
+
+    def keys_values(self, layers: int) -> TextKeysValues:
+        """(k, v) [B, T, Hkv, D] of each layer. Raises ValueError when a layer bypassed the interface."""
+        if sorted(self._layers) != list(range(layers)):
+            raise ValueError(
+                f"model: {len(self._layers)} of {layers} layers attended through transformers' attention interface; "
+                "every layer must (state-space, convolution and private attention layers are not supported)"
+            )
+        return tuple(self._layers[i] for i in range(layers))
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """A pass over the slots of all blocks: [B, N * Lq] tokens, block after block.
+
+    text: K/V of the prefix; prefix_start, prefix_end [B, N] int32; slots: the cache of earlier slots, or None when
+    all slots are in this pass; first: the slot that the pass begins with; impl: of `thought_attention`.
+    """
+
+    text: TextKeysValues
+    prefix_start: Tensor
+    prefix_end: Tensor
+    slots: SlotCache | None = None
+    first: int = 0
+    impl: str = "auto"
+
+    def attend(self, own: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
+        """q [B, Hq, N * Lq, D], k, v [B, Hkv, N * Lq, D] -> [B, N * Lq, Hq, D]."""
+        if options.get("dropout"):
+            raise ValueError(
+                f"attention dropout = {options['dropout']}: must be 0, thoughts are sampled and scored by the same "
+                "function; set it to 0 in the model's config"
+            )
+        if options.get("position_bias") is not None:
+            raise ValueError("position_bias: a model with biases inside attention is not supported")
+        N = self.prefix_end.shape[1]
+        q, k, v = (x.transpose(1, 2).unflatten(1, (N, -1)) for x in (q, k, v))
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if self.slots is not None:
+            k, v = self.slots.extend(layer, self.first, k, v)
+        k_prefix, v_prefix = self.text[layer]
+        window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+        out, _ = thought_attention(
+            q,
+            k,
+            v,
+            k_prefix,
+            v_prefix,
+            self.prefix_end,
+            prefix_start=self.prefix_start,
+            scale=options.get("scaling"),
+            softcap=options.get("softcap"),
+            window=window,
+            sinks=options.get("s_aux"),
+            impl=self.impl,
+        )
+        return out.flatten(1, 2), None
+
+
+def _own_attention(name: str, module: nn.Module) -> Callable:
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # transformers keeps eager attention in each model's file, under one name
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _attention(name: str, module: nn.Module, query, key, value, attention_mask, thought_pass=None, **options):
+    own = _own_attention(name, module)
+    if thought_pass is None:
+        return own(module, query, key, value, attention_mask, **options)
+    return thought_pass.attend(own, module, query, key, value, attention_mask, **options)
+
+
+for _name in TEXT_ATTENTION:
+    AttentionInterface.register(_PREFIX + _name, partial(_attention, _name))
+    # under the same name, or transformers drops the user's padding mask without a word
+    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose positions we cannot keep apart through the attention interface."""
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"model_type = {kind!r}: its attention does not go through transformers' attention interface; "
+            "supported are for instance llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, opt"
+        )
+    types = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv1d)]
+    if types or convolutions:
+        raise ValueError(
+            f"model_type = {kind!r}: it mixes positions outside attention ({sorted(types) or convolutions[0]}); "
+            "only full and sliding-window attention layers are supported"
+        )
+
+
+def use_thought_attention(model: PreTrainedModel) -> None:
+    """Let a model's attention understand our passes; without one it attends exactly as before."""
+    check_supported(model)
+    current = model.config._attn_implementation or "sdpa"
+    if current.startswith(_PREFIX):
+        return
+    if current == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        current = "eager"  # sdpa has no soft-cap: transformers itself refuses it, or once dropped it in silence
+    if current not in TEXT_ATTENTION:
+        raise ValueError(f"attn_implementation = {current!r}: must be one of {TEXT_ATTENTION}")
+    model.set_attn_implementation(_PREFIX + current)

@@ -1,0 +1,49 @@
+"""The `<start>` and `<end>` of a thought: two learned embeddings outside the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# tried in this order when the configured text is no single token
+SUBSTITUTES = ("—", " —", "---", "--", "-", "...", "\n")
+
+
+class BoundaryEmbeddings(nn.Module):
+    """Fed as inputs_embeds, so no prompt can contain them and no head can emit them.
+
+    Each is `scale` times its parameter: with Adam, that makes its learning rate `scale` times the parameter's.
+    """
+
+    def __init__(self, width: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.start_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.end_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+
+    @property
+    def start(self) -> Tensor:
+        """[D] fp32, the embedding that the model sees."""
+        return self.start_raw * self.scale
+
+    @property
+    def end(self) -> Tensor:
+        return self.end_raw * self.scale
+
+    @torch.no_grad()
+    def begin_from(self, embedding: Tensor) -> None:
+        """Set both to an embedding [D]."""
+        self.start_raw.copy_(embedding.float() / self.scale)
+        self.end_raw.copy_(embedding.float() / self.scale)
+
+
+def boundary_token_id(tokenizer, text: str) -> tuple[int | None, str]:
+    """The token that the boundaries begin from: (its id, its text), or (None, why) when no dash is one token.
+
+    A byte-level tokenizer spells an em dash it does not know in three tokens, which mean nothing alone.
+    """
+    for candidate in (text, *SUBSTITUTES):
+        ids = tokenizer.encode(candidate, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return ids[0], candidate
+    return None, "the mean of all token embeddings"

@@ -1,0 +1,135 @@
+"""Checkpoints: the base model in its stock format, one safetensors and one json for the thought parts beside it.
+
+A save is written to a folder inside the target, flushed, then made valid by one rename and moved into place. A crash
+before the rename leaves the previous checkpoint; a crash after it is finished by the next load or save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qstar.config import QuietStarConfig
+
+if TYPE_CHECKING:
+    from qstar.model import QuietStarForCausalLM
+
+TENSORS = "quiet_star.safetensors"
+DESCRIPTION = "quiet_star.json"
+_STAGING, _COMMIT, _MANIFEST = ".staging", ".commit", "manifest.json"
+_THOUGHT_PARTS = ("boundary.", "mixing.")
+_SAMPLE = 1 << 20
+
+
+@contextmanager
+def atomic_update(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder to write files to; they replace those in `folder` all together or not at all."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    finish_update(target)
+    staging = target / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        names = sorted(p.name for p in staging.iterdir())
+        (staging / _MANIFEST).write_text(json.dumps(names))
+        for path in (*staging.iterdir(), staging):
+            _flush(path)
+        os.replace(staging, target / _COMMIT)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finish_update(target)
+
+
+def finish_update(folder: str | os.PathLike) -> None:
+    """Move a committed update into place, also one that a crash interrupted."""
+    target = Path(folder)
+    commit = target / _COMMIT
+    if not commit.is_dir():
+        return
+    manifest = commit / _MANIFEST
+    if manifest.is_file():
+        names = set(json.loads(manifest.read_text()))
+        for name in sorted(names):
+            if (commit / name).exists():
+                os.replace(commit / name, target / name)
+        for stale in _weight_files(target):  # shards of a checkpoint that had more of them
+            if stale.name not in names:
+                stale.unlink()
+        _flush(target)
+        manifest.unlink()
+    commit.rmdir()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.startswith("model") and ".safetensors" in p.name)
+
+
+def fingerprint(folder: str | os.PathLike) -> str:
+    """sha256 over name, size, first and last MiB of every weight file of the base model in a folder."""
+    digest = hashlib.sha256()
+    for path in _weight_files(Path(folder)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(size - _SAMPLE, 0))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def save(model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dict | None = None, **options) -> None:
+    """Write a whole checkpoint; options go to the base model's save_pretrained."""
+    state = model.state_dict() if state_dict is None else state_dict
+    base_state = {name.removeprefix("base."): x for name, x in state.items() if name.startswith("base.")}
+    parts = {name: x.contiguous() for name, x in state.items() if name.startswith(_THOUGHT_PARTS)}
+    with atomic_update(folder) as staging:
+        model.base.save_pretrained(staging, state_dict=base_state, **options)
+        save_file(parts, staging / TENSORS, metadata={"format": "pt"})
+        description = {"base": fingerprint(staging), "config": asdict(model.quiet_star)}
+        (staging / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]:
+    """The thought parts of a checkpoint. Raises ValueError when it has none, or the base model is another."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"path = {str(folder)!r}: no such folder")
+    finish_update(folder)
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise ValueError(f"path = {str(folder)!r}: no {DESCRIPTION} there; use from_base to begin from a base model")
+    description = json.loads(path.read_text(encoding="utf-8"))
+    if description["base"] != fingerprint(folder):
+        raise ValueError(
+            f"path = {str(folder)!r}: its thought parts were trained with another base model than the one there"
+        )
+    return QuietStarConfig.from_dict(description["config"]), load_file(Path(folder) / TENSORS)
+
+
+def load_thought_parts(model: QuietStarForCausalLM, tensors: dict[str, Tensor], source: str | os.PathLike) -> None:
+    """Raises ValueError when a tensor is missing, left over, or of another shape."""
+    own = {name: x for name, x in model.state_dict().items() if name.startswith(_THOUGHT_PARTS)}
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
+    if wrong:
+        raise ValueError(f"path = {str(source)!r}: {TENSORS} does not fit the base model, in {wrong}")
+    model.load_state_dict(tensors, strict=False)

@@ -1,0 +1,127 @@
+"""`qstar train`: the stock Hugging Face Trainer on a QuietStarForCausalLM, with a table of before and after."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+
+from qstar import report
+from qstar.config import QuietStarConfig
+from qstar.data import DataArguments, collate, load_rows
+from qstar.evaluation.held_out import hardest, held_out, summary
+from qstar.model import QuietStarForCausalLM
+from qstar.trainer import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and the learning rates of its new parts."""
+
+    model: str = field(metadata={"help": "Base model or Quiet-STaR checkpoint: a folder, or a name on the hub."})
+    mixing_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the mixing head; default: --learning_rate."}
+    )
+    boundary_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of <start> and <end>, before boundary_scale; default: --learning_rate."}
+    )
+    gradient_norm_steps: int = field(
+        default=0, metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments, with the paper's recipe as defaults."""
+
+    output_dir: str = field(default="outputs", metadata={"help": "Checkpoints, curves and figures go here."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the base model."})
+    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
+    max_steps: int = field(default=100, metadata={"help": "Optimiser steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many steps."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Loggers to report to."})
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConfig, TrainArguments]:
+    """Options from `--config file.yaml`, if given, and the command line, which wins."""
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("--config: needs a YAML file")
+        values = yaml.safe_load(Path(argv[at + 1]).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"--config = {argv[at + 1]}: must hold 'option: value' lines")
+        given: list[str] = []
+        for name, value in values.items():
+            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        argv = given + argv[:at] + argv[at + 2 :]
+    parser = HfArgumentParser((ModelArguments, DataArguments, QuietStarConfig, TrainArguments), prog="qstar train")
+    return parser.parse_args_into_dataclasses(args=argv)  # type: ignore[return-value]
+
+
+def main(argv: list[str]) -> int:
+    model_args, data_args, config, args = parse(argv)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model)
+    train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
+    model = open_model(model_args.model, config, tokenizer)
+    resume = args.resume_from_checkpoint
+    if resume is not None and resume.lower() == "true":
+        resume = last_complete_checkpoint(args.output_dir)
+        if resume is None:
+            raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {args.output_dir!r}")
+    trainer = QuietStarTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        mixing_learning_rate=model_args.mixing_learning_rate,
+        boundary_learning_rate=model_args.boundary_learning_rate,
+        gradient_norm_steps=model_args.gradient_norm_steps,
+    )
+    batch = args.per_device_eval_batch_size
+    start = held_out(model, held_out_rows, batch, progress="held out, before")
+    hard = hardest(start)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    except NonFiniteError as error:
+        good = last_complete_checkpoint(args.output_dir)
+        print(f"qstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)
+        return 1
+    trainer.save_model(args.output_dir)
+    before, after = summary(start, hard), summary(held_out(model, held_out_rows, batch, "held out, after"), hard)
+
+    if report.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
+        print(f"curves: {Path(args.output_dir) / 'curves.png'}")
+    steps = result.global_step
+    seconds = result.metrics["train_runtime"] / max(steps, 1)
+    # ru_maxrss is in KiB on Linux
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(report.before_after(before, after))
+    print(f"{steps} steps, {seconds:.2f} s a step, peak resident memory {peak_gib:.2f} GiB")
+    report.last_line(
+        {
+            "before": before,
+            "after": after,
+            "steps": steps,
+            "seconds_per_step": seconds,
+            "peak_resident_gib": peak_gib,
+            "output_dir": args.output_dir,
+        }
+    )
+    return 0
+
+
+def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:
+    """A checkpoint that already thinks goes on with the options of this run; any other folder is a base model."""
+    if not (Path(path) / "quiet_star.json").is_file():
+        return QuietStarForCausalLM.from_base(path, config, tokenizer=tokenizer, dtype="float32")
+    model = QuietStarForCausalLM.from_pretrained(path, dtype="float32")
+    return model.with_config(config)

@@ -1,0 +1,82 @@
+"""Held-out next-token loss with and without thoughts, token by token, and its summary before and after training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from qstar_kernels.vocabulary import mixed_nll, nll
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qstar.data import collate
+from qstar.layout import TextRows, ThoughtLayout
+from qstar.model import QuietStarForCausalLM
+
+HARD_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Per target token, in the order of the rows: base_nll, mixed_nll, mix_weight [tokens] fp32 on the CPU.
+
+    mixed_nll is that of the very next token after a greedy thought: what the generator predicts with.
+    """
+
+    base_nll: Tensor
+    mixed_nll: Tensor
+    mix_weight: Tensor
+
+
+@torch.no_grad()
+def held_out(model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out") -> HeldOut:
+    """Score rows (input_ids, position_ids), thinking once and greedily at every position; nothing is kept but scalars."""
+    config = replace(
+        model.quiet_star,
+        num_thoughts=1,
+        talk_length=1,
+        thought_temperature=0.0,
+        thinking_positions="all",
+        thinking_fraction=1.0,
+    )
+    was_training, device = model.training, model.boundary.start_raw.device
+    model.eval()
+    parts = []
+    for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
+        batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
+        text = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+        predicts = text.predicts(batch["labels"])
+        hidden, keys_values = model.read_text(batch["input_ids"], text)
+        layout = ThoughtLayout.plan(text, predicts, config)
+        thought = model.think(batch["input_ids"], hidden, keys_values, layout, config=config)
+        at = layout.valid
+        target = batch["labels"].gather(1, layout.target_index[..., 0])[at]
+        base = thought.base_hidden[:, :, 0, 0][at]
+        weight = thought.mix_weight[:, :, 0, 0][at]
+        mixed = mixed_nll(base, thought.talk_hidden[:, :, 0, 0][at], weight, model.head, target)
+        parts.append(torch.stack([nll(base, model.head, target), mixed, weight]).cpu())
+    model.train(was_training)
+    return HeldOut(*torch.cat(parts, dim=1))
+
+
+def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:
+    """[tokens] bool: the share of tokens with the highest base NLL before training.
+
+    Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read these
+    figures beside those of all tokens.
+    """
+    chosen = torch.zeros_like(start.base_nll, dtype=torch.bool)
+    chosen[start.base_nll.topk(max(1, round(share * len(start.base_nll)))).indices] = True
+    return chosen
+
+
+def summary(result: HeldOut, hard: Tensor) -> dict[str, float]:
+    """Means in nats per token, over all tokens and over the hard ones."""
+    return {
+        "base_nll": float(result.base_nll.mean()),
+        "mixed_nll": float(result.mixed_nll.mean()),
+        "base_nll_hard": float(result.base_nll[hard].mean()),
+        "mixed_nll_hard": float(result.mixed_nll[hard].mean()),
+        "mix_weight": float(result.mix_weight.mean()),
+        "tokens": len(result.base_nll),
+    }

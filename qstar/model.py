@@ -1,0 +1,388 @@
+"""QuietStarForCausalLM: any causal LM on transformers' attention interface, taught to think before it speaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from qstar_kernels.vocabulary import LinearHead, entropy, log_prob, mixed_nll, nll
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from qstar import checkpoint, objective
+from qstar.attention import BlockPass, TextPass, check_supported, use_thought_attention
+from qstar.boundary import BoundaryEmbeddings, boundary_token_id
+from qstar.cache import SlotCache, TextKeysValues
+from qstar.config import QuietStarConfig
+from qstar.layout import IGNORE, TextRows, ThoughtLayout
+from qstar.mixing import MixingHead
+from qstar.rollout import rollout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """loss: scalar, to call backward on; metrics: detached scalars by name; nll_loss, policy_loss: the two weighted
+    parts of the loss, with their graph."""
+
+    loss: Tensor | None = None
+    metrics: dict[str, Tensor] | None = None
+    nll_loss: Tensor | None = None
+    policy_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What thinking gives, at the positions of `layout` (P of them, R thoughts at each, N = P * R).
+
+    tokens [B, P, R, k] int64; slot_hidden [B, P, R, L, D], all slots after the final norm; talk_hidden
+    [B, P, R, m, D], its last m; base_hidden [B, P, 1, m, D] of x_{t+j}; mix_weight [B, P, R, m] fp32.
+    """
+
+    layout: ThoughtLayout
+    tokens: Tensor
+    slot_hidden: Tensor
+    talk_hidden: Tensor
+    base_hidden: Tensor
+    mix_weight: Tensor
+
+
+class QuietStarForCausalLM(PreTrainedModel):
+    """A base model, two boundary embeddings and a mixing head. Build one with `from_base` or `from_pretrained`."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, base: PreTrainedModel, quiet_star: QuietStarConfig):
+        use_thought_attention(base)
+        super().__init__(base.config)
+        self.base = base
+        self.quiet_star = quiet_star
+        head = base.get_output_embeddings().weight
+        self.boundary = BoundaryEmbeddings(base.get_input_embeddings().weight.shape[1], quiet_star.boundary_scale)
+        self.mixing = MixingHead(head.shape[1])
+        self.boundary.to(head.device)
+        self.mixing.to(head.device)
+        self.register_buffer("suppress", self._suppressed(quiet_star), persistent=False)
+
+    # -- construction and checkpoints ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        model_or_path: PreTrainedModel | str | os.PathLike,
+        config: QuietStarConfig | None = None,
+        tokenizer: Any = None,
+        **model_options: Any,
+    ) -> QuietStarForCausalLM:
+        """Begin from a base model that has never thought: w = 0, `<start>` and `<end>` from an em dash.
+
+        tokenizer: to find the dash and the special tokens; of a path it is loaded from there. Without one, the
+        boundaries begin from the mean embedding, and the model's bos, eos and pad ids are suppressed.
+        model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError for an unsupported model.
+        """
+        config = config or QuietStarConfig()
+        if isinstance(model_or_path, PreTrainedModel):
+            base = model_or_path
+        else:
+            base = AutoModelForCausalLM.from_pretrained(model_or_path, **model_options)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_or_path)
+        check_supported(base)
+        if config.suppressed_tokens is None:
+            config = replace(config, suppressed_tokens=_special_tokens(base, tokenizer))
+        model = cls(base, config)
+        token, source = (None, "the mean of all token embeddings")
+        if tokenizer is not None:
+            token, source = boundary_token_id(tokenizer, config.boundary_token)
+        if token is None or source != config.boundary_token:
+            log.warning("boundary_token = %r is no single token here; using %r", config.boundary_token, source)
+        with torch.no_grad():
+            table = base.get_input_embeddings()
+            every = torch.arange(table.weight.shape[0], device=table.weight.device)
+            ids = every if token is None else every[token : token + 1]
+            model.boundary.begin_from(table(ids).float().mean(0))
+        return model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, state_dict: dict | None = None, is_main_process: bool = True, **kwargs
+    ) -> None:
+        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any moment
+        leaves the previous checkpoint of that folder loadable."""
+        if is_main_process:
+            checkpoint.save(self, save_directory, state_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *unused, **model_options) -> QuietStarForCausalLM:  # type: ignore[override]
+        """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`."""
+        config, tensors = checkpoint.read(path)
+        model = cls(AutoModelForCausalLM.from_pretrained(path, **model_options), config)
+        checkpoint.load_thought_parts(model, tensors, path)
+        return model
+
+    def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
+        """This model, from now on with other knobs; the suppressed tokens stay unless the config names its own.
+
+        Raises ValueError for another boundary_scale: the embeddings are stored divided by it.
+        """
+        own = self.quiet_star
+        if config.boundary_scale != own.boundary_scale:
+            raise ValueError(f"boundary_scale = {config.boundary_scale}: this model has {own.boundary_scale}")
+        if config.suppressed_tokens is None:
+            config = replace(config, suppressed_tokens=own.suppressed_tokens)
+        self.quiet_star = config
+        self.suppress = self._suppressed(config)
+        return self
+
+    def _suppressed(self, config: QuietStarConfig) -> Tensor:
+        weight = self.base.get_output_embeddings().weight
+        ids = torch.tensor(sorted(config.suppressed_tokens or ()), dtype=torch.long, device=weight.device)
+        if len(ids) >= len(weight) or bool(((ids < 0) | (ids >= len(weight))).any()):
+            raise ValueError(f"suppressed_tokens = {ids.tolist()}: must be a part of [0, {len(weight)})")
+        return ids
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    @property
+    def head(self) -> LinearHead:
+        """The base model's map from hidden states to logits."""
+        layer, c = self.base.get_output_embeddings(), self.base.config
+        scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
+        return LinearHead(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
+            logit_scale=float(scale),
+            softcap=getattr(c, "final_logit_softcapping", None),
+        )
+
+    # -- the passes ---------------------------------------------------------------------------------------------
+
+    def read_text(self, input_ids: Tensor, rows: TextRows) -> tuple[Tensor, TextKeysValues]:
+        """The base model over the text [B, T]: hidden states [B, T, D] after the final norm, and K/V by layer."""
+        text_pass = TextPass()
+        hidden = self.base.base_model(
+            input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
+        ).last_hidden_state
+        return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
+
+    def read_slots(self, embeddings: Tensor, position_ids: Tensor, block_pass: BlockPass) -> Tensor:
+        """Slots of all blocks, embeddings [B, N * Lq, D] at position_ids [B, N * Lq] -> hidden states alike."""
+        # a 4D mask goes through transformers untouched; ours is in the pass, so this one is never looked at
+        no_mask = embeddings.new_zeros(1, 1, 1, 1)
+        table = self.base.get_input_embeddings().weight
+        return self.base.base_model(
+            inputs_embeds=embeddings.to(table.dtype),
+            attention_mask=no_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            thought_pass=block_pass,
+        ).last_hidden_state
+
+    def think(
+        self,
+        input_ids: Tensor,
+        text_hidden: Tensor,
+        text: TextKeysValues,
+        layout: ThoughtLayout,
+        config: QuietStarConfig | None = None,
+        thoughts: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Thoughts:
+        """Sample thoughts at the layout's positions (or take `thoughts` [B, P, R, k]) and read them with gradient.
+
+        input_ids [B, T], of which the talk tokens are fed; text_hidden [B, T, D] and text from `read_text`.
+        """
+        config = config or self.quiet_star
+        k, m, L, R = config.thought_length, config.talk_length, config.slots, layout.num_thoughts
+        B, P = layout.positions.shape
+        N = P * R
+        ranges = {"prefix_start": layout.prefix_start, "prefix_end": layout.prefix_end, "impl": config.attention}
+        embed = self.base.get_input_embeddings()
+        if thoughts is None:
+            thoughts = self._sample(text, layout, config, ranges, generator).view(B, P, R, k)
+        elif thoughts.shape != (B, P, R, k):
+            raise ValueError(f"thoughts has shape {tuple(thoughts.shape)}: must be [B, P, R, k] = {(B, P, R, k)}")
+        talk = input_ids.gather(1, layout.talk_index[:, :, 1:].reshape(B, -1)).view(B, P, 1, m - 1)
+        written = torch.cat([thoughts, talk.expand(B, P, R, m - 1)], dim=-1).view(B, N, k + m - 1)
+        tokens = embed(written)
+        start, end = (x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end))
+        slots = torch.cat([start, tokens[:, :, :k], end, tokens[:, :, k:]], dim=2)
+        hidden = self.read_slots(
+            slots.flatten(1, 2), layout.slot_position_ids.flatten(1), BlockPass(text, **ranges)
+        ).view(B, P, R, L, -1)
+        talk_hidden = hidden[..., k + 1 :, :]
+        rows = torch.arange(B, device=input_ids.device)[:, None, None]
+        base_hidden = text_hidden[rows, layout.talk_index][:, :, None]
+        weight = self.mixing(base_hidden.expand(B, P, R, m, -1), talk_hidden)
+        return Thoughts(layout, thoughts, hidden, talk_hidden, base_hidden, weight)
+
+    @torch.no_grad()
+    def _sample(self, text, layout: ThoughtLayout, config: QuietStarConfig, ranges: dict, generator) -> Tensor:
+        frozen = tuple((k.detach(), v.detach()) for k, v in text)
+
+        def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
+            block_pass = BlockPass(frozen, slots=cache, first=first, **ranges)
+            return self.read_slots(embeddings, layout.slot_position_ids[:, :, first], block_pass)
+
+        return rollout(
+            read_slots=read,
+            embed=self.base.get_input_embeddings(),
+            boundary=self.boundary,
+            head=self.head,
+            blocks=tuple(layout.prefix_end.shape),  # type: ignore[arg-type]
+            thought_length=config.thought_length,
+            cache=SlotCache(config.thought_length),
+            temperature=config.thought_temperature,
+            suppress=self.suppress,
+            generator=generator,
+        )
+
+    # -- the training step --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        thoughts: Tensor | None = None,
+    ) -> QuietStarOutput:
+        """One training step's loss and metrics.
+
+        input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where not a
+        target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed documents;
+        generator: source of the thoughts (default: torch's own); num_items_in_batch: targets of the whole
+        accumulated batch, by whose share this loss is weighted; thoughts [B, P, R, k]: take these, sample none.
+        Raises ValueError for a text that is too short, or too long with its thoughts for the model's context.
+        """
+        config = self.quiet_star
+        rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
+        self._check(input_ids)
+        if labels is None:
+            labels = input_ids.masked_fill(~rows.is_text, IGNORE)
+        predicts = rows.predicts(labels)
+        if not bool(predicts.any()):
+            raise ValueError("labels: there is no target in this batch; every label is -100 or first of its text")
+        head = self.head
+        text_hidden, text = self.read_text(input_ids, rows)
+
+        next_label = torch.where(predicts, labels.roll(-1, dims=1), 0)
+        flat = nll(text_hidden[predicts], head, next_label[predicts])
+        base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
+        unsure = None
+        if config.thinking_positions == "uncertain":
+            with torch.no_grad():
+                unsure = flat.new_zeros(predicts.shape).masked_scatter(predicts, entropy(text_hidden[predicts], head))
+        layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
+        thought = self.think(input_ids, text_hidden, text, layout, thoughts=thoughts, generator=generator)
+
+        B, P, R, m = thought.mix_weight.shape
+        valid = layout.target_valid[:, :, None]  # [B, P, 1, m]
+        every = valid.expand(B, P, R, m)
+        target = next_label.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m).expand(B, P, R, m)
+        mixed = mixed_nll(
+            thought.base_hidden.expand(B, P, R, m, -1)[every],
+            thought.talk_hidden[every],
+            thought.mix_weight[every],
+            head,
+            target[every],
+        )
+        mixed = mixed.new_zeros(every.shape).masked_scatter(every, mixed)
+        base_at = base_nll.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
+
+        reward = objective.reward(base_at, mixed, valid)
+        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
+        rewarded = layout.rewarded[..., None].expand(B, P, R)
+        base_loss = objective.masked_mean(base_nll, predicts)
+        mixed_loss, steps = objective.mixed_loss(mixed, valid)
+        policy = self._policy_loss(thought, advantage, rewarded.sum(), head)
+
+        share = 1.0
+        if num_items_in_batch is not None:
+            share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
+        nll_loss = share * (config.base_weight * base_loss + (1 - config.base_weight) * mixed_loss)
+        policy_loss = share * config.policy_weight * policy
+        loss = nll_loss + policy_loss
+
+        reward_mean, reward_std = objective.spread(reward, rewarded)
+        weight_mean, weight_std = objective.spread(thought.mix_weight.detach(), every)
+        metrics = {
+            "base_nll": base_loss,
+            "mixed_nll": mixed_loss,
+            **{f"mixed_nll_{j + 1}": step for j, step in enumerate(steps)},
+            "reward_mean": reward_mean,
+            "reward_std": reward_std,
+            "mix_weight_mean": weight_mean,
+            "mix_weight_std": weight_std,
+            "policy_loss": policy,
+            "positive_advantages": objective.masked_mean((advantage > 0).float(), rewarded),
+            "thoughts": layout.valid.sum() * R,
+        }
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return QuietStarOutput(loss=loss, metrics=metrics, nll_loss=nll_loss, policy_loss=policy_loss)
+
+    def _policy_loss(self, thought: Thoughts, advantage: Tensor, rewarded: Tensor, head: LinearHead) -> Tensor:
+        """Log-probabilities only where the advantage is positive: the other thoughts add exactly zero."""
+        k = thought.tokens.shape[-1]
+        chosen = advantage > 0
+        hidden = thought.slot_hidden[..., :k, :][chosen]  # slot i predicts c_{i+1}
+        log_p = log_prob(
+            hidden.flatten(0, 1),
+            head,
+            thought.tokens[chosen].flatten(),
+            temperature=self.quiet_star.reinforce_temperature,
+            suppress=self.suppress,
+        )
+        return objective.policy_loss(log_p.view(-1, k), advantage[chosen], rewarded)
+
+    def _check(self, input_ids: Tensor) -> None:
+        T, config = input_ids.shape[1], self.quiet_star
+        if T <= config.talk_length:
+            raise ValueError(f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}")
+        context = getattr(self.base.config, "max_position_embeddings", None)
+        if context is not None and T - 1 + config.slots > context:
+            raise ValueError(
+                f"input_ids has {T} tokens: with {config.slots} slots for a thought and its talk tokens, "
+                f"{T - 1 + config.slots} positions exceed the model's context of {context}"
+            )
+        if not self.training:
+            return
+        dtype = next(self.base.parameters()).dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"the base model's parameters are {dtype}: at small learning rates most of them never change; load "
+                "it in float32 and train with bf16 mixed precision",
+                stacklevel=3,
+            )
+        for module in self.base.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(module, "gradient_checkpointing", False) and function is not None:
+                if getattr(function, "keywords", {}).get("use_reentrant", False):
+                    raise ValueError("gradient checkpointing use_reentrant = True: must be False, it loses gradients")
+                break
+
+
+def _special_tokens(base: PreTrainedModel, tokenizer) -> list[int]:
+    """Ids that must not occur inside a thought: the tokenizer's special tokens, else those the model names."""
+    if tokenizer is not None:
+        ids = set(tokenizer.all_special_ids)
+    else:
+        named = [getattr(base.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+        ids = {i for value in named for i in (value if isinstance(value, list) else [value]) if i is not None}
+    return sorted(i for i in ids if 0 <= i < base.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,77 @@
+"""From NLLs and log-probabilities to losses, rewards and metrics: pure functions, no model in sight.
+
+Shapes: B rows, P thinking positions, R thoughts per position, m talk steps, k thought tokens. All in fp32.
+Source: arXiv 2403.09629, section 4; the exact forms are those of the authors' published code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values where mask is True; 0 (with a gradient of 0) when it is nowhere."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+def mixed_loss(mixed_nll: Tensor, target_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """mixed_nll [B, P, R, m], target_valid [B, P, 1, m] -> (loss, mean NLL of each talk step [m]).
+
+    Every talk step is averaged over its own targets, and the steps that have any are averaged.
+    """
+    mask = target_valid.expand_as(mixed_nll)
+    counts = mask.sum((0, 1, 2))
+    steps = torch.where(mask, mixed_nll, 0).sum((0, 1, 2)) / counts.clamp(min=1)
+    return steps.sum() / (counts > 0).sum().clamp(min=1), steps
+
+
+@torch.no_grad()
+def reward(base_nll: Tensor, mixed_nll: Tensor, target_valid: Tensor) -> Tensor:
+    """R = sum_j (NLL_base - NLL_mixed) over the targets: base_nll [B, P, 1, m], mixed_nll [B, P, R, m] -> [B, P, R]."""
+    return torch.where(target_valid, base_nll - mixed_nll, 0).sum(-1)
+
+
+@torch.no_grad()
+def advantage(reward: Tensor, rewarded: Tensor, normalize: bool = False) -> Tensor:
+    """A = relu(R - mean over the thoughts of a position); with one thought there is no mean: relu(R).
+
+    reward [B, P, R], rewarded [B, P] bool -> [B, P, R], 0 where not rewarded. `normalize` divides by the standard
+    deviation of what is clamped, over the rewarded thoughts of the batch.
+    """
+    centred = reward - reward.mean(-1, keepdim=True) if reward.shape[-1] > 1 else reward
+    if normalize:
+        chosen = centred[rewarded]
+        spread = chosen.std() if chosen.numel() > 1 else centred.new_ones(())
+        centred = centred / spread.clamp(min=torch.finfo(centred.dtype).eps)
+    return torch.where(rewarded[..., None], centred.clamp(min=0), 0)
+
+
+def policy_loss(log_prob: Tensor, advantage: Tensor, rewarded_thoughts: Tensor | int) -> Tensor:
+    """mean over thought tokens and rewarded thoughts of -A * log p(c_i).
+
+    log_prob [M, k] and advantage [M] of the M thoughts whose advantage is positive: the others add exactly 0, but
+    they count in the mean, over `rewarded_thoughts`.
+    """
+    total = -(advantage[:, None] * log_prob).sum()
+    return total / max(log_prob.shape[1], 1) / torch.as_tensor(rewarded_thoughts).clamp(min=1)
+
+
+@torch.no_grad()
+def spread(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the values where mask is True; zeros when it is nowhere."""
+    mask = mask.expand_as(values)
+    mean = masked_mean(values, mask)
+    return mean, masked_mean((values - mean) ** 2, mask).sqrt()
+
+
+def gradient_norms(losses: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
+    """The gradient norm of each named loss over the parameters, apart; the graph is kept for the backward to come.
+
+    As the mixing weight grows, the policy term's gradient can exceed the NLL's by orders of magnitude; this shows it.
+    """
+    norms = {}
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = float(torch.stack([g.float().norm() for g in grads if g is not None]).norm())
+    return norms

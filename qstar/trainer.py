@@ -1,0 +1,144 @@
+"""The stock Hugging Face Trainer, told four things: the learning rates of the parts, what to log, when to stop, and
+which files a checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from qstar import checkpoint
+from qstar.objective import gradient_norms
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite; no parameter was updated with it."""
+
+
+class QuietStarTrainer(Trainer):
+    """`Trainer` for a QuietStarForCausalLM.
+
+    mixing_learning_rate, boundary_learning_rate: of those parts (default: `args.learning_rate`), the latter before
+    the factor `boundary_scale`; gradient_norm_steps: log the gradient norms of the NLL and the policy part apart at
+    every so many steps (two more backward passes there), 0 never.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        mixing_learning_rate: float | None = None,
+        boundary_learning_rate: float | None = None,
+        gradient_norm_steps: int = 0,
+        **options: Any,
+    ):
+        super().__init__(*arguments, **options)
+        self._part_rates = {"mixing.": mixing_learning_rate, "boundary.": boundary_learning_rate}
+        self._gradient_norm_steps = gradient_norm_steps
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._count = 0
+        self._since = time.perf_counter()
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ThoughtProgress())
+        self.add_callback(_StopBeforeNonFinite())
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(target))
+            groups: dict[tuple, list] = defaultdict(list)
+            for name, parameter in target.named_parameters():
+                if parameter.requires_grad:
+                    part = next((p for p in self._part_rates if f".{name}".find(f".{p}") >= 0), None)
+                    # boundaries are embeddings that no text trains: decay would only pull them to zero
+                    groups[part, name in decayed and part != "boundary."].append(parameter)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            rates = {part: rate for part, rate in self._part_rates.items() if rate is not None}
+            self.optimizer = optimizer(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                        "lr": rates.get(part, self.args.learning_rate),
+                    }
+                    for (part, decays), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"loss = {float(loss)} at step {self.state.global_step + 1}")
+        if model.training:
+            metrics = dict(outputs.metrics)
+            every = self._gradient_norm_steps
+            if every and self.state.global_step % every == 0:
+                parts = {"nll": outputs.nll_loss, "policy": outputs.policy_loss}
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                norms = gradient_norms({n: x for n, x in parts.items() if x.requires_grad}, parameters)
+                super().log({f"gradient_norm_{name}": norm for name, norm in norms.items()})
+            self._count += 1
+            for name, value in metrics.items():
+                self._sums[name] = self._sums[name] + value.float().cpu()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._count:
+            now = time.perf_counter()
+            thoughts = float(self._sums.pop("thoughts"))
+            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            logs["thoughts_per_second"] = thoughts / (now - self._since)
+            self._sums.clear()
+            self._count, self._since = 0, now
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # the stock method would load the base model's file and leave the thought parts as they are
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=next(target.base.parameters()).dtype)
+        target.load_state_dict(saved.state_dict())
+
+
+class _StopBeforeNonFinite(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
+        if squares and not bool(torch.isfinite(torch.stack([s.cpu() for s in squares]).sum())):
+            raise NonFiniteError(f"a gradient is not finite at step {state.global_step + 1}")
+
+
+class ThoughtProgress(ProgressCallback):
+    """One live line: loss, reward, mixing weight and thoughts per second."""
+
+    SHOWN = (("loss", "loss"), ("reward_mean", "reward"), ("mix_weight_mean", "w"), ("thoughts_per_second", "thoughts/s"))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {label: f"{float(logs[name]):.3g}" for name, label in self.SHOWN if name in logs}
+            self.training_bar.set_postfix(shown)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint-N of a run that was written to its end; one cut short by a crash is passed over."""
+    folder = Path(output_dir)
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ():
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # the Trainer writes it last
+            checkpoint.read(path)
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            found.append((int(number), str(path)))
+    return max(found)[1] if found else None

@@ -1,0 +1,36 @@
+"""One distribution, three import packages; their folders are fixed by the house (see CONTRIBUTING.md)."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+    "eval": ["datasets>=4"],
+    "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
+    "dev": ["pytest>=8", "pytest-benchmark>=5", "pandas>=2.2", "psutil>=6", "datasets>=4", "ruff", "mypy", "pre-commit"],
+}
+
+setup(
+    name="qstar",
+    version="0.1.0",
+    description="Quiet-STaR: language models that think before they speak, fast enough to use",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["qstar_kernels", "qstar_bench", *find_packages(include=["qstar", "qstar.*"])],
+    package_dir={"qstar_kernels": "kernels/qstar_kernels", "qstar_bench": "bench/qstar_bench"},
+    package_data={"qstar.demo": ["tiny_lm/*", "*.txt"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "accelerate>=1.1",
+        "safetensors>=0.5",
+        "tqdm",
+        "tabulate",
+        "matplotlib",
+        "pyyaml",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["qstar = qstar.cli.main:main"]},
+)
