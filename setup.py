@@ -6,7 +6,16 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
     "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
-    "dev": ["pytest>=8", "pytest-benchmark>=5", "pandas>=2.2", "psutil>=6", "datasets>=4", "ruff", "mypy", "pre-commit"],
+    "dev": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "pandas>=2.2",
+        "psutil>=6",
+        "datasets>=4",
+        "ruff",
+        "mypy",
+        "pre-commit",
+    ],
 }
 
 setup(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from qstar_kernels import thought_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -76,6 +77,10 @@ class BlockPass:
         if self.slots is not None:
             k, v = self.slots.extend(layer, self.first, k, v)
         k_prefix, v_prefix = self.text[layer]
+        # rotary embeddings leave q and k in fp32 under autocast; the model's own attention casts them back too
+        autocast = torch.is_autocast_enabled(q.device.type)
+        dtype = torch.get_autocast_dtype(q.device.type) if autocast else v.dtype
+        q, k, v, k_prefix, v_prefix = (x.to(dtype) for x in (q, k, v, k_prefix, v_prefix))
         window = options.get("sliding_window") or getattr(module, "sliding_window", None)
         out, _ = thought_attention(
             q,
@@ -138,7 +143,9 @@ def use_thought_attention(model: PreTrainedModel) -> None:
     if current.startswith(_PREFIX):
         return
     if current == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        current = "eager"  # sdpa has no soft-cap: transformers itself refuses it, or once dropped it in silence
+        current = (
+            "eager"  # sdpa has no soft-cap: transformers itself refuses it, or once dropped it in silence
+        )
     if current not in TEXT_ATTENTION:
         raise ValueError(f"attn_implementation = {current!r}: must be one of {TEXT_ATTENTION}")
     model.set_attn_implementation(_PREFIX + current)

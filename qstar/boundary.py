@@ -38,11 +38,11 @@ class BoundaryEmbeddings(nn.Module):
 
 
 def boundary_token_id(tokenizer, text: str) -> tuple[int | None, str]:
-    """The token that the boundaries begin from: (its id, its text), or (None, why) when no dash is one token.
+    """The token that the boundaries begin from: (its id, its text), or (None, what instead) when no dash is one token.
 
     A byte-level tokenizer spells an em dash it does not know in three tokens, which mean nothing alone.
     """
-    for candidate in (text, *SUBSTITUTES):
+    for candidate in (text, *SUBSTITUTES) if tokenizer is not None else ():
         ids = tokenizer.encode(candidate, add_special_tokens=False)
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0], candidate

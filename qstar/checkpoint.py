@@ -98,7 +98,9 @@ def fingerprint(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def save(model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dict | None = None, **options) -> None:
+def save(
+    model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dict | None = None, **options
+) -> None:
     """Write a whole checkpoint; options go to the base model's save_pretrained."""
     state = model.state_dict() if state_dict is None else state_dict
     base_state = {name.removeprefix("base."): x for name, x in state.items() if name.startswith("base.")}
@@ -107,7 +109,9 @@ def save(model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dic
         model.base.save_pretrained(staging, state_dict=base_state, **options)
         save_file(parts, staging / TENSORS, metadata={"format": "pt"})
         description = {"base": fingerprint(staging), "config": asdict(model.quiet_star)}
-        (staging / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+        (staging / DESCRIPTION).write_text(
+            json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
 
 
 def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]:
@@ -117,7 +121,9 @@ def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]
     finish_update(folder)
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise ValueError(f"path = {str(folder)!r}: no {DESCRIPTION} there; use from_base to begin from a base model")
+        raise ValueError(
+            f"path = {str(folder)!r}: no {DESCRIPTION} there; use from_base to begin from a base model"
+        )
     description = json.loads(path.read_text(encoding="utf-8"))
     if description["base"] != fingerprint(folder):
         raise ValueError(
@@ -126,7 +132,9 @@ def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]
     return QuietStarConfig.from_dict(description["config"]), load_file(Path(folder) / TENSORS)
 
 
-def load_thought_parts(model: QuietStarForCausalLM, tensors: dict[str, Tensor], source: str | os.PathLike) -> None:
+def load_thought_parts(
+    model: QuietStarForCausalLM, tensors: dict[str, Tensor], source: str | os.PathLike
+) -> None:
     """Raises ValueError when a tensor is missing, left over, or of another shape."""
     own = {name: x for name, x in model.state_dict().items() if name.startswith(_THOUGHT_PARTS)}
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)

@@ -19,12 +19,18 @@ class QuietStarConfig:
     Raises ValueError, naming the field, its value and what is allowed.
     """
 
-    thought_length: int = field(default=9, metadata={"help": "Sampled tokens in a thought; 0: only its boundaries."})
-    talk_length: int = field(default=4, metadata={"help": "True tokens scored after each thought, at least 1."})
+    thought_length: int = field(
+        default=9, metadata={"help": "Sampled tokens in a thought; 0: only its boundaries."}
+    )
+    talk_length: int = field(
+        default=4, metadata={"help": "True tokens scored after each thought, at least 1."}
+    )
     num_thoughts: int = field(default=2, metadata={"help": "Thoughts sampled at each thinking position."})
     thinking_positions: str = field(
         default="all",
-        metadata={"help": "Where to think: all, random, or uncertain (highest entropy of the base prediction)."},
+        metadata={
+            "help": "Where to think: all, random, or uncertain (highest entropy of the base prediction)."
+        },
     )
     thinking_fraction: float = field(
         default=1.0, metadata={"help": "Share of positions that think, for random and uncertain; in (0, 1]."}
@@ -35,22 +41,29 @@ class QuietStarConfig:
     reinforce_temperature: float = field(
         default=3.0, metadata={"help": "Temperature of the log-probability in the policy loss."}
     )
-    policy_weight: float = field(default=1e6, metadata={"help": "Weight of the policy loss; 0 leaves it out."})
+    policy_weight: float = field(
+        default=1e6, metadata={"help": "Weight of the policy loss; 0 leaves it out."}
+    )
     base_weight: float = field(
-        default=0.5, metadata={"help": "Share of the plain next-token loss; the mixed loss has the rest; in [0, 1]."}
+        default=0.5,
+        metadata={"help": "Share of the plain next-token loss; the mixed loss has the rest; in [0, 1]."},
     )
     normalize_advantages: bool = field(
-        default=False, metadata={"help": "Divide advantages by the batch's standard deviation of centred rewards."}
+        default=False,
+        metadata={"help": "Divide advantages by the batch's standard deviation of centred rewards."},
     )
     boundary_scale: float = field(
         default=100.0, metadata={"help": "Learning-rate multiplier of the <start> and <end> embeddings."}
     )
     boundary_token: str = field(
-        default="—", metadata={"help": "Text whose embedding <start> and <end> begin from (one token, else a dash)."}
+        default="—",
+        metadata={"help": "Text whose embedding <start> and <end> begin from (one token, else a dash)."},
     )
     suppressed_tokens: list[int] | None = field(
         default=None,
-        metadata={"help": "Token ids that never occur inside a thought; default: the tokenizer's special tokens."},
+        metadata={
+            "help": "Token ids that never occur inside a thought; default: the tokenizer's special tokens."
+        },
     )
     attention: str = field(default="auto", metadata={"help": "Implementation of thought attention."})
 
@@ -63,7 +76,11 @@ class QuietStarConfig:
             value = getattr(self, name)
             require(name, isinstance(value, int) and not isinstance(value, bool), "an integer")
             require(name, value >= least, f"at least {least}")
-        require("thinking_positions", self.thinking_positions in THINKING_POSITIONS, f"one of {THINKING_POSITIONS}")
+        require(
+            "thinking_positions",
+            self.thinking_positions in THINKING_POSITIONS,
+            f"one of {THINKING_POSITIONS}",
+        )
         require("thinking_fraction", 0 < self.thinking_fraction <= 1, "in (0, 1]")
         if self.thinking_positions == "all":
             require("thinking_fraction", self.thinking_fraction == 1, "1 when thinking_positions is 'all'")

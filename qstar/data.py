@@ -22,7 +22,8 @@ class DataArguments:
     """Where the text comes from; exactly one of `text` and `dataset`."""
 
     text: list[str] = field(
-        default_factory=list, metadata={"help": "Files: .jsonl has a document a line, any other file is one document."}
+        default_factory=list,
+        metadata={"help": "Files: .jsonl has a document a line, any other file is one document."},
     )
     dataset: str | None = field(default=None, metadata={"help": "Anything that datasets.load_dataset reads."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
@@ -33,7 +34,9 @@ class DataArguments:
         default=None, metadata={"help": "Text of a record from its fields, e.g. 'Q: {question} A: {answer}'."}
     )
     span_length: int = field(default=256, metadata={"help": "Tokens in a row; longer documents are cut."})
-    held_out_rows: int = field(default=16, metadata={"help": "Rows kept from training, for the before/after table."})
+    held_out_rows: int = field(
+        default=16, metadata={"help": "Rows kept from training, for the before/after table."}
+    )
 
 
 def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int = 0) -> tuple[Any, list[dict]]:
@@ -45,7 +48,9 @@ def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int =
         if getattr(arguments, name) < least:
             raise ValueError(f"{name} = {getattr(arguments, name)}: must be at least {least}")
     if bool(arguments.text) == bool(arguments.dataset):
-        raise ValueError(f"text = {arguments.text}, dataset = {arguments.dataset!r}: give exactly one of them")
+        raise ValueError(
+            f"text = {arguments.text}, dataset = {arguments.dataset!r}: give exactly one of them"
+        )
     records = _records(arguments)
     columns = records.column_names or list(next(iter(records)))
 
@@ -61,7 +66,9 @@ def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int =
         return rows.skip(arguments.held_out_rows).shuffle(seed=seed, buffer_size=1000), held_out
     longest = max((len(ids) for ids in rows["input_ids"]), default=0)
     if longest <= talk_length:
-        raise ValueError(f"text: its longest row has {longest} tokens, talk_length = {talk_length} needs more")
+        raise ValueError(
+            f"text: its longest row has {longest} tokens, talk_length = {talk_length} needs more"
+        )
     if len(rows) <= arguments.held_out_rows:
         raise ValueError(
             f"held_out_rows = {arguments.held_out_rows}: the text has only {len(rows)} rows of span_length = "

@@ -108,7 +108,9 @@ def _step_config(config: QuietStarConfig, length: int | None, temperature: float
 
 def _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p, config) -> None:
     if input_ids.ndim != 2 or input_ids.shape[1] < 1:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens], at least 1 token")
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens], at least 1 token"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if temperature < 0:
@@ -138,7 +140,9 @@ def _pass(text: TextCache, start: Tensor, slots: SlotCache, first: int, config: 
     return BlockPass(text.read(), start.int(), end.int(), slots, first, config.attention)
 
 
-def _think(model, text: TextCache, start: Tensor, config: QuietStarConfig, generator) -> tuple[Tensor, Tensor]:
+def _think(
+    model, text: TextCache, start: Tensor, config: QuietStarConfig, generator
+) -> tuple[Tensor, Tensor]:
     """One thought for every row after its last token: (tokens [B, k], hidden state at `<end>` [B, D])."""
     B, k = len(start), config.thought_length
     first_position = text.tokens - start  # [B, 1], that of `<start>`

@@ -46,9 +46,15 @@ class TextRows:
         device = input_ids.device
         for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if given is not None and given.shape != input_ids.shape:
-                raise ValueError(f"{name} has shape {tuple(given.shape)}: must be that of input_ids, {(B, T)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}: must be that of input_ids, {(B, T)}"
+                )
         index = torch.arange(T, device=device).expand(B, T)
-        is_text = torch.ones(B, T, dtype=torch.bool, device=device) if attention_mask is None else attention_mask != 0
+        is_text = (
+            torch.ones(B, T, dtype=torch.bool, device=device)
+            if attention_mask is None
+            else attention_mask != 0
+        )
         begins = index == 0
         begins[:, 1:] |= is_text[:, 1:] != is_text[:, :-1]
         if position_ids is not None:
@@ -128,7 +134,9 @@ class ThoughtLayout:
             score = torch.rand(B, T, generator=generator, device=source).to(device)
         else:
             if entropy is None:
-                raise ValueError("entropy = None: thinking_positions = 'uncertain' needs the base entropy [B, T]")
+                raise ValueError(
+                    "entropy = None: thinking_positions = 'uncertain' needs the base entropy [B, T]"
+                )
             score = entropy.float()
         order = score.masked_fill(~candidate, -math.inf).argsort(dim=1, descending=True, stable=True)
         P = int(counts.max())

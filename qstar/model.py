@@ -70,7 +70,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         self.base = base
         self.quiet_star = quiet_star
         head = base.get_output_embeddings().weight
-        self.boundary = BoundaryEmbeddings(base.get_input_embeddings().weight.shape[1], quiet_star.boundary_scale)
+        self.boundary = BoundaryEmbeddings(
+            base.get_input_embeddings().weight.shape[1], quiet_star.boundary_scale
+        )
         self.mixing = MixingHead(head.shape[1])
         self.boundary.to(head.device)
         self.mixing.to(head.device)
@@ -102,11 +104,13 @@ class QuietStarForCausalLM(PreTrainedModel):
         if config.suppressed_tokens is None:
             config = replace(config, suppressed_tokens=_special_tokens(base, tokenizer))
         model = cls(base, config)
-        token, source = (None, "the mean of all token embeddings")
-        if tokenizer is not None:
-            token, source = boundary_token_id(tokenizer, config.boundary_token)
-        if token is None or source != config.boundary_token:
-            log.warning("boundary_token = %r is no single token here; using %r", config.boundary_token, source)
+        token, source = boundary_token_id(tokenizer, config.boundary_token)
+        if source != config.boundary_token:
+            log.warning(
+                "boundary_token = %r is no single token of this model: using %s",
+                config.boundary_token,
+                source,
+            )
         with torch.no_grad():
             table = base.get_input_embeddings()
             every = torch.arange(table.weight.shape[0], device=table.weight.device)
@@ -115,7 +119,11 @@ class QuietStarForCausalLM(PreTrainedModel):
         return model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, state_dict: dict | None = None, is_main_process: bool = True, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict | None = None,
+        is_main_process: bool = True,
+        **kwargs,
     ) -> None:
         """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any moment
         leaves the previous checkpoint of that folder loadable."""
@@ -210,16 +218,24 @@ class QuietStarForCausalLM(PreTrainedModel):
         k, m, L, R = config.thought_length, config.talk_length, config.slots, layout.num_thoughts
         B, P = layout.positions.shape
         N = P * R
-        ranges = {"prefix_start": layout.prefix_start, "prefix_end": layout.prefix_end, "impl": config.attention}
+        ranges = {
+            "prefix_start": layout.prefix_start,
+            "prefix_end": layout.prefix_end,
+            "impl": config.attention,
+        }
         embed = self.base.get_input_embeddings()
         if thoughts is None:
             thoughts = self._sample(text, layout, config, ranges, generator).view(B, P, R, k)
         elif thoughts.shape != (B, P, R, k):
-            raise ValueError(f"thoughts has shape {tuple(thoughts.shape)}: must be [B, P, R, k] = {(B, P, R, k)}")
+            raise ValueError(
+                f"thoughts has shape {tuple(thoughts.shape)}: must be [B, P, R, k] = {(B, P, R, k)}"
+            )
         talk = input_ids.gather(1, layout.talk_index[:, :, 1:].reshape(B, -1)).view(B, P, 1, m - 1)
         written = torch.cat([thoughts, talk.expand(B, P, R, m - 1)], dim=-1).view(B, N, k + m - 1)
         tokens = embed(written)
-        start, end = (x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end))
+        start, end = (
+            x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end)
+        )
         slots = torch.cat([start, tokens[:, :, :k], end, tokens[:, :, k:]], dim=2)
         hidden = self.read_slots(
             slots.flatten(1, 2), layout.slot_position_ids.flatten(1), BlockPass(text, **ranges)
@@ -231,7 +247,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         return Thoughts(layout, thoughts, hidden, talk_hidden, base_hidden, weight)
 
     @torch.no_grad()
-    def _sample(self, text, layout: ThoughtLayout, config: QuietStarConfig, ranges: dict, generator) -> Tensor:
+    def _sample(
+        self, text, layout: ThoughtLayout, config: QuietStarConfig, ranges: dict, generator
+    ) -> Tensor:
         frozen = tuple((k.detach(), v.detach()) for k, v in text)
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
@@ -278,7 +296,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             labels = input_ids.masked_fill(~rows.is_text, IGNORE)
         predicts = rows.predicts(labels)
         if not bool(predicts.any()):
-            raise ValueError("labels: there is no target in this batch; every label is -100 or first of its text")
+            raise ValueError(
+                "labels: there is no target in this batch; every label is -100 or first of its text"
+            )
         head = self.head
         text_hidden, text = self.read_text(input_ids, rows)
 
@@ -288,7 +308,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         unsure = None
         if config.thinking_positions == "uncertain":
             with torch.no_grad():
-                unsure = flat.new_zeros(predicts.shape).masked_scatter(predicts, entropy(text_hidden[predicts], head))
+                unsure = flat.new_zeros(predicts.shape).masked_scatter(
+                    predicts, entropy(text_hidden[predicts], head)
+                )
         layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
         thought = self.think(input_ids, text_hidden, text, layout, thoughts=thoughts, generator=generator)
 
@@ -337,7 +359,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         metrics = {name: value.detach() for name, value in metrics.items()}
         return QuietStarOutput(loss=loss, metrics=metrics, nll_loss=nll_loss, policy_loss=policy_loss)
 
-    def _policy_loss(self, thought: Thoughts, advantage: Tensor, rewarded: Tensor, head: LinearHead) -> Tensor:
+    def _policy_loss(
+        self, thought: Thoughts, advantage: Tensor, rewarded: Tensor, head: LinearHead
+    ) -> Tensor:
         """Log-probabilities only where the advantage is positive: the other thoughts add exactly zero."""
         k = thought.tokens.shape[-1]
         chosen = advantage > 0
@@ -349,12 +373,14 @@ class QuietStarForCausalLM(PreTrainedModel):
             temperature=self.quiet_star.reinforce_temperature,
             suppress=self.suppress,
         )
-        return objective.policy_loss(log_p.view(-1, k), advantage[chosen], rewarded)
+        return objective.policy_loss(log_p.view(len(hidden), k), advantage[chosen], rewarded)
 
     def _check(self, input_ids: Tensor) -> None:
         T, config = input_ids.shape[1], self.quiet_star
         if T <= config.talk_length:
-            raise ValueError(f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}")
+            raise ValueError(
+                f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}"
+            )
         context = getattr(self.base.config, "max_position_embeddings", None)
         if context is not None and T - 1 + config.slots > context:
             raise ValueError(
@@ -374,7 +400,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(module, "gradient_checkpointing", False) and function is not None:
                 if getattr(function, "keywords", {}).get("use_reentrant", False):
-                    raise ValueError("gradient checkpointing use_reentrant = True: must be False, it loses gradients")
+                    raise ValueError(
+                        "gradient checkpointing use_reentrant = True: must be False, it loses gradients"
+                    )
                 break
 
 

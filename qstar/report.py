@@ -25,7 +25,11 @@ def table(rows: list[dict[str, Any]], digits: int = 4) -> str:
 
 def before_after(before: dict[str, float], after: dict[str, float]) -> str:
     """The held-out figures before and after training, one a line."""
-    rows = [{"held out": name, "before": before[name], "after": after[name]} for name in before if name != "tokens"]
+    rows = [
+        {"held out": name, "before": before[name], "after": after[name]}
+        for name in before
+        if name != "tokens"
+    ]
     return table(rows) + f"\n({before['tokens']} tokens; NLL in nats per token)"
 
 

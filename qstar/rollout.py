@@ -38,7 +38,9 @@ def rollout(
     embedding = boundary.start.expand(B, N, -1)
     for i in range(thought_length):
         hidden = read_slots(embedding, i, cache)
-        c = sample(hidden.flatten(0, 1), head, temperature=temperature, suppress=suppress, generator=generator)
+        c = sample(
+            hidden.flatten(0, 1), head, temperature=temperature, suppress=suppress, generator=generator
+        )
         tokens[:, :, i] = c.view(B, N)
         embedding = embed(tokens[:, :, i])
     return tokens

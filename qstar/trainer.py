@@ -106,7 +106,9 @@ class QuietStarTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # the stock method would load the base model's file and leave the thought parts as they are
         target = self.accelerator.unwrap_model(self.model if model is None else model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=next(target.base.parameters()).dtype)
+        saved = type(target).from_pretrained(
+            resume_from_checkpoint, dtype=next(target.base.parameters()).dtype
+        )
         target.load_state_dict(saved.state_dict())
 
 
@@ -120,7 +122,12 @@ class _StopBeforeNonFinite(TrainerCallback):
 class ThoughtProgress(ProgressCallback):
     """One live line: loss, reward, mixing weight and thoughts per second."""
 
-    SHOWN = (("loss", "loss"), ("reward_mean", "reward"), ("mix_weight_mean", "w"), ("thoughts_per_second", "thoughts/s"))
+    SHOWN = (
+        ("loss", "loss"),
+        ("reward_mean", "reward"),
+        ("mix_weight_mean", "w"),
+        ("thoughts_per_second", "thoughts/s"),
+    )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:

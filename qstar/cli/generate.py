@@ -21,15 +21,23 @@ class GenerateArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens to write."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the text; 0 is argmax."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the text."})
-    thought_length: int | None = field(default=None, metadata={"help": "Tokens of a thought; default: as trained."})
-    thought_temperature: float = field(default=0.0, metadata={"help": "Temperature of the thoughts; 0 is argmax."})
-    show_thoughts: bool = field(default=False, metadata={"help": "Show each thought before the token it led to."})
+    thought_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a thought; default: as trained."}
+    )
+    thought_temperature: float = field(
+        default=0.0, metadata={"help": "Temperature of the thoughts; 0 is argmax."}
+    )
+    show_thoughts: bool = field(
+        default=False, metadata={"help": "Show each thought before the token it led to."}
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON document instead of text."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
 
 def main(argv: list[str]) -> int:
-    (args,) = HfArgumentParser(GenerateArguments, prog="qstar generate").parse_args_into_dataclasses(args=argv)
+    (args,) = HfArgumentParser(GenerateArguments, prog="qstar generate").parse_args_into_dataclasses(
+        args=argv
+    )
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -60,7 +68,10 @@ def main(argv: list[str]) -> int:
             answer["thoughts"] = [tokenizer.decode(thought) for thought in thoughts[: len(tokens)]]
         answers.append(answer)
         if not args.json:
-            print(prompt + (with_thoughts(tokenizer, tokens, answer["thoughts"]) if args.show_thoughts else text))
+            print(
+                prompt
+                + (with_thoughts(tokenizer, tokens, answer["thoughts"]) if args.show_thoughts else text)
+            )
     if args.json:
         report.last_line({"answers": answers})
     return 0
@@ -68,4 +79,6 @@ def main(argv: list[str]) -> int:
 
 def with_thoughts(tokenizer, tokens: list[int], thoughts: list[str]) -> str:
     """The text with each thought in brackets before its token."""
-    return "".join(f" [{thought.strip()}]{tokenizer.decode([token])}" for thought, token in zip(thoughts, tokens))
+    return "".join(
+        f" [{thought.strip()}]{tokenizer.decode([token])}" for thought, token in zip(thoughts, tokens)
+    )

@@ -22,15 +22,19 @@ from qstar.trainer import NonFiniteError, QuietStarTrainer, last_complete_checkp
 class ModelArguments:
     """Which model, and the learning rates of its new parts."""
 
-    model: str = field(metadata={"help": "Base model or Quiet-STaR checkpoint: a folder, or a name on the hub."})
+    model: str = field(
+        metadata={"help": "Base model or Quiet-STaR checkpoint: a folder, or a name on the hub."}
+    )
     mixing_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the mixing head; default: --learning_rate."}
     )
     boundary_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of <start> and <end>, before boundary_scale; default: --learning_rate."}
+        default=None,
+        metadata={"help": "That of <start> and <end>, before boundary_scale; default: --learning_rate."},
     )
     gradient_norm_steps: int = field(
-        default=0, metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."}
+        default=0,
+        metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
     )
 
 
@@ -61,7 +65,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConf
         for name, value in values.items():
             given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         argv = given + argv[:at] + argv[at + 2 :]
-    parser = HfArgumentParser((ModelArguments, DataArguments, QuietStarConfig, TrainArguments), prog="qstar train")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, QuietStarConfig, TrainArguments), prog="qstar train"
+    )
     return parser.parse_args_into_dataclasses(args=argv)  # type: ignore[return-value]
 
 
@@ -96,7 +102,10 @@ def main(argv: list[str]) -> int:
         print(f"qstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)
         return 1
     trainer.save_model(args.output_dir)
-    before, after = summary(start, hard), summary(held_out(model, held_out_rows, batch, "held out, after"), hard)
+    before, after = (
+        summary(start, hard),
+        summary(held_out(model, held_out_rows, batch, "held out, after"), hard),
+    )
 
     if report.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
         print(f"curves: {Path(args.output_dir) / 'curves.png'}")

@@ -29,7 +29,9 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out") -> HeldOut:
+def held_out(
+    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out"
+) -> HeldOut:
     """Score rows (input_ids, position_ids), thinking once and greedily at every position; nothing is kept but scalars."""
     config = replace(
         model.quiet_star,

@@ -130,14 +130,16 @@ def test_6_talk_tokens_come_from_the_text_not_from_the_labels():
     whole = _mixed(model, ids, ids, thoughts)
     masked = _mixed(model, ids, some, thoughts[:, -5:])  # positions 4..8 still predict something
     assert torch.allclose(whole[:, -5:][masked != 0], masked[masked != 0], rtol=1e-5)
-    assert (masked != 0).sum() == 2 * (3 + 4)
+    assert (masked != 0).sum() == 2 * (4 + 4)
 
 
 def _mixed(model, ids, labels, thoughts):
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         original = objective.mixed_loss
-        patch.setattr(objective, "mixed_loss", lambda nll, valid: kept.append(nll.detach()) or original(nll, valid))
+        patch.setattr(
+            objective, "mixed_loss", lambda nll, valid: kept.append(nll.detach()) or original(nll, valid)
+        )
         model(ids, labels=labels, thoughts=thoughts)
     return kept[0]
 
@@ -219,7 +221,9 @@ def test_9_held_out_evaluation_never_holds_the_logits_of_all_tokens():
     vocabulary = 40_000
     base = base_model(vocab_size=vocabulary)
     model = QuietStarForCausalLM.from_base(base, QuietStarConfig(thought_length=1, talk_length=1))
-    rows = [{"input_ids": tokens(1, 80, seed=i)[0].tolist(), "position_ids": list(range(80))} for i in range(12)]
+    rows = [
+        {"input_ids": tokens(1, 80, seed=i)[0].tolist(), "position_ids": list(range(80))} for i in range(12)
+    ]
     with Largest():
         result = held_out(model, rows, batch_size=12)
     assert len(result.base_nll) == 12 * 79

@@ -74,7 +74,11 @@ def test_every_gradient_agrees(part, model, output, golden):
     names = {
         "boundary.start_raw": "start_embedding_raw",
         "boundary.end_raw": "end_embedding_raw",
-        **{f"mixing.layers.{i}.{kind}": f"mixing.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")},
+        **{
+            f"mixing.layers.{i}.{kind}": f"mixing.{i}.{kind}"
+            for i in (0, 2, 4)
+            for kind in ("weight", "bias")
+        },
     }
     parameters = dict(model.named_parameters())
     loss = output.nll_loss if part == "nll" else output.policy_loss
@@ -93,5 +97,8 @@ def test_every_gradient_agrees(part, model, output, golden):
 
 
 def golden_parameters(golden, part):
-    repeated = {f"grad_{part}.start_embedding", f"grad_{part}.end_embedding"}  # per effective vector, given twice
+    repeated = {
+        f"grad_{part}.start_embedding",
+        f"grad_{part}.end_embedding",
+    }  # per effective vector, given twice
     return [name for name in golden if name.startswith(f"grad_{part}.") and name not in repeated]

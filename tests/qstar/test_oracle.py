@@ -106,7 +106,9 @@ def test_generating_equals_the_parallel_forward_at_the_last_position(kind):
     out = generate(model, ids, mask, max_new_tokens=4, return_logits=True)
     assert out.tokens.shape == (2, 4)
     for b, prompt in enumerate((short, long)):
-        text = torch.cat([prompt, out.tokens[b], torch.tensor([5])])[None]  # one more, so that every token predicts
+        text = torch.cat([prompt, out.tokens[b], torch.tensor([5])])[
+            None
+        ]  # one more, so that every token predicts
         thought = think(model, text)
         for step in range(4):
             p = len(prompt) - 1 + step

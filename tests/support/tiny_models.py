@@ -28,7 +28,12 @@ ARCHITECTURES: dict[str, dict] = {
     "mistral": COMMON | {"sliding_window": 6},
     "qwen3": COMMON,
     "gemma2": COMMON
-    | {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    | {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    },
     "gemma3_text": COMMON | {"sliding_window": 6, "layer_types": LAYERS, "query_pre_attn_scalar": 8},
     "gpt2": {
         "vocab_size": VOCABULARY,
@@ -54,7 +59,9 @@ def base_model(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.6 if "embed" in name or "wte" in name else 1.2 * parameter.shape[-1] ** -0.5)
+                parameter.normal_(
+                    0, 0.6 if "embed" in name or "wte" in name else 1.2 * parameter.shape[-1] ** -0.5
+                )
     return model.eval()
 
 

@@ -1,0 +1,117 @@
+"""The public operator: its contract, its checks, and the choice of an implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.cpu import cpu
+from qstar_kernels.reference import reference
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference, "cpu": cpu}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_impl(impl: str, device: torch.device | str) -> str:
+    """The name of the implementation that runs for `impl` on a device. Raises ValueError when it cannot."""
+    kind = torch.device(device).type
+    if impl == "auto":
+        return "cpu" if kind == "cpu" else "reference"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl = {impl!r}: must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
+    if impl == "cpu" and kind != "cpu":
+        raise ValueError(f"impl = 'cpu': the tensors are on {kind}")
+    return impl
+
+
+def thought_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_end: Tensor,
+    *,
+    prefix_start: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    own: str = "causal",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Blocks of slots, each attending to its own range of a shared prefix and to its own earlier slots.
+
+    out[b, n, i, h] = softmax([q.k_prefix[s:e] ; q.k[n, 0..slot(i)]]) [v_prefix[s:e] ; v[n, 0..slot(i)]], with
+    s, e = prefix_start[b, n], prefix_end[b, n]; the queries are the last Lq of the block's Lk slots.
+
+    Args:
+        q: [B, N, Lq, Hq, D]; k, v: [B, N, Lk, Hkv, D], Lq <= Lk, Hq a multiple of Hkv (grouped queries).
+        k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
+        prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded block has
+            start = end. Out-of-range values raise on a CPU; on a GPU they are not looked at, which would wait for it.
+        scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
+        window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
+        sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
+        impl: "auto", "cpu" or "reference" (the dense mask).
+
+    Returns:
+        out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through both.
+
+    Raises:
+        ValueError, naming the argument, its value and what is allowed.
+    """
+    if prefix_start is None:
+        prefix_start = torch.zeros_like(prefix_end)
+    _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
+    if k_prefix.shape[1] == 0 and k_prefix.stride() != k_prefix.contiguous().stride():
+        k_prefix, v_prefix = k_prefix.contiguous(), v_prefix.contiguous()
+    function = IMPLEMENTATIONS[resolve_impl(impl, q.device)]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return function(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks, own)
+
+
+def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own) -> None:
+    def require(holds: bool, name: str, found: object, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} = {found}: must be {allowed}")
+
+    require(q.ndim == 5, "q.shape", tuple(q.shape), "[B, N, Lq, Hq, D]")
+    require(k.ndim == 5, "k.shape", tuple(k.shape), "[B, N, Lk, Hkv, D]")
+    require(k_prefix.ndim == 4, "k_prefix.shape", tuple(k_prefix.shape), "[B, T, Hkv, D]")
+    B, N, Lq, Hq, D = q.shape
+    Lk, H, T = k.shape[2], k.shape[3], k_prefix.shape[1]
+    for name, x, shape in (
+        ("k", k, (B, N, Lk, H, D)),
+        ("v", v, (B, N, Lk, H, D)),
+        ("k_prefix", k_prefix, (B, T, H, D)),
+        ("v_prefix", v_prefix, (B, T, H, D)),
+        ("prefix_end", prefix_end, (B, N)),
+        ("prefix_start", prefix_start, (B, N)),
+        *((("sinks", sinks, (Hq,)),) if sinks is not None else ()),
+    ):
+        require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), str(shape))
+        require(x.device == q.device, f"{name}.device", x.device, f"that of q, {q.device}")
+    require(q.dtype in DTYPES, "q.dtype", q.dtype, f"one of {DTYPES}")
+    for name, x in (("k", k), ("v", v), ("k_prefix", k_prefix), ("v_prefix", v_prefix)):
+        require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"that of q, {q.dtype}")
+    require(H > 0 and Hq % H == 0, "q.shape[3]", Hq, f"a multiple of the {H} key-value heads")
+    require(1 <= Lq <= Lk, "q.shape[2]", Lq, f"in [1, {Lk}], the block's slots")
+    for name, x in (("prefix_end", prefix_end), ("prefix_start", prefix_start)):
+        require(x.dtype in (torch.int32, torch.int64), f"{name}.dtype", x.dtype, "int32 or int64")
+    require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
+    require(window is None or window > 0, "window", window, "positive or None")
+    require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
+    if q.device.type == "cpu" and N:
+        require(
+            bool((prefix_end <= T).all()), "prefix_end", int(prefix_end.max()), f"at most {T} prefix keys"
+        )
+        require(bool((prefix_start >= 0).all()), "prefix_start", int(prefix_start.min()), "at least 0")
+        require(
+            bool((prefix_start <= prefix_end).all()),
+            "prefix_start",
+            "beyond prefix_end",
+            "at most prefix_end",
+        )

@@ -1,0 +1,334 @@
+"""What a language model's head is asked for, row by row, without ever holding all logits.
+
+Every function works on chunks of rows inside a bounded workspace and gives fp32 (fp64 for fp64 inputs) whatever
+the dtype of the hidden states: rewards are differences of NLLs of about 1e-3, which bf16 rounds to zero.
+Legend: M rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 64 << 20  # of one chunk of fp32 logits
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """hidden -> logits: softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap).
+
+    weight [V, D]; bias [V] or None; logit_scale as in Cohere and (its reciprocal) Granite; softcap as in Gemma 2.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def chunk_rows(vocabulary: int, bytes_per_logit: int = 4) -> int:
+    """Rows of a chunk, so that its logits fit the workspace; at least 16, for the matrix product's sake."""
+    return max(16, WORKSPACE_BYTES // (vocabulary * bytes_per_logit))
+
+
+def _high(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _linear(hidden: Tensor, head: LinearHead, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """(hidden @ weight.T + bias) * logit_scale in high precision; `weight` is head.weight, perhaps cast already."""
+    high = _high(hidden)
+    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    if half and hidden.is_cuda:  # tensor cores round the inputs only; the sum and the result stay fp32
+        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        z = torch.mm(hidden.to(high), weight.to(high).T, out=out)
+    if head.bias is not None:
+        z += head.bias.to(high)
+    if head.logit_scale != 1.0:
+        z *= head.logit_scale
+    return z
+
+
+def _weight(hidden: Tensor, head: LinearHead) -> Tensor:
+    """The head's weight as the chunks will use it: cast once, not once a chunk."""
+    if hidden.is_cuda and hidden.dtype == head.weight.dtype:
+        return head.weight
+    return head.weight.to(_high(hidden))
+
+
+def _cap(z: Tensor, softcap: float | None) -> Tensor:
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def _chunks(hidden: Tensor, head: LinearHead, rows: int | None):
+    """Yield (slice, logits [m, V] in high precision, overwritten by the next chunk)."""
+    V, high = len(head.weight), _high(hidden)
+    rows = rows or chunk_rows(V, high.itemsize)
+    weight = _weight(hidden, head)
+    buffer = torch.empty(min(rows, len(hidden)), V, dtype=high, device=hidden.device)
+    for first in range(0, len(hidden), rows):
+        at = slice(first, min(first + rows, len(hidden)))
+        yield at, _cap(_linear(hidden[at], head, weight, buffer[: at.stop - first]), head.softcap)
+
+
+def _check(head: LinearHead, *hidden: Tensor) -> None:
+    V, D = head.weight.shape
+    for x in hidden:
+        if x.ndim != 2 or x.shape[1] != D:
+            raise ValueError(f"hidden has shape {tuple(x.shape)}: must be [rows, {D}]")
+    if head.bias is not None and head.bias.shape != (V,):
+        raise ValueError(f"bias has shape {tuple(head.bias.shape)}: must be [{V}]")
+
+
+def _check_ids(name: str, ids: Tensor, rows: int, V: int) -> None:
+    if ids.shape != (rows,) or ids.dtype != torch.long:
+        raise ValueError(
+            f"{name} is {ids.dtype} of shape {tuple(ids.shape)}: must be int64 of shape {(rows,)}"
+        )
+    if not ids.is_cuda and bool(((ids < 0) | (ids >= V)).any()):  # on a GPU the gather itself asserts
+        raise ValueError(f"{name} = {int(ids[(ids < 0) | (ids >= V)][0])}: must be in [0, {V})")
+
+
+def _without_autocast(function):
+    def wrapped(hidden: Tensor, *args, **kwargs):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *args, **kwargs)
+
+    wrapped.__doc__, wrapped.__name__ = function.__doc__, function.__name__
+    return wrapped
+
+
+@_without_autocast
+def logits(hidden: Tensor, head: LinearHead) -> Tensor:
+    """All logits of a few rows: hidden [M, D] -> [M, V] in high precision, differentiable."""
+    _check(head, hidden)
+    high = _high(hidden)
+    z = hidden.to(high) @ head.weight.to(high).T
+    if head.bias is not None:
+        z = z + head.bias.to(high)
+    z = z * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+class _TokenNLL(torch.autograd.Function):
+    """-log softmax(logits / temperature)[token], over the tokens that are not suppressed.
+
+    Forward keeps the row's log-sum-exp; backward makes the logits again, chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, tokens, temperature, suppress, rows):
+        result = hidden.new_empty(len(hidden), dtype=_high(hidden))
+        lse = torch.empty_like(result)
+        for at, z in _chunks(hidden, head, rows):
+            if suppress is not None:
+                z.index_fill_(1, suppress, -torch.inf)
+            if temperature != 1.0:
+                z.div_(temperature)
+            chosen = z.gather(1, tokens[at, None]).squeeze(1)
+            lse[at] = torch.logsumexp(z, dim=1) if z.is_cuda else _logsumexp_(z)
+            result[at] = lse[at] - chosen
+        ctx.save_for_backward(hidden, weight, bias, tokens, lse, suppress)
+        ctx.settings = head.logit_scale, head.softcap, temperature, rows
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, tokens, lse, suppress = ctx.saved_tensors
+        scale, softcap, temperature, rows = ctx.settings
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        head, high = LinearHead(weight, bias, scale, softcap), _high(hidden)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if needs_weight else None
+        d_bias = torch.zeros(len(weight), dtype=high, device=weight.device) if needs_bias else None
+        cast = weight.to(high)
+        for at, z in _chunks(hidden, head, rows):
+            slope = None if softcap is None else 1 - (z / softcap) ** 2
+            if suppress is not None:
+                z.index_fill_(1, suppress, -torch.inf)
+            if temperature != 1.0:
+                z.div_(temperature)
+            p = z.sub_(lse[at, None]).exp_()
+            p.scatter_add_(1, tokens[at, None], p.new_full((len(p), 1), -1))
+            p.mul_((grad[at].to(high) * (scale / temperature))[:, None])
+            if slope is not None:
+                p.mul_(slope)
+            if d_hidden is not None:
+                d_hidden[at] = p @ cast
+            if d_weight is not None:
+                d_weight.addmm_(p.T, hidden[at].to(high))
+            if d_bias is not None:
+                d_bias += p.sum(0)
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
+
+
+def _logsumexp_(z: Tensor) -> Tensor:
+    """torch.logsumexp in place: on a CPU its temporary of the chunk's size costs more than its arithmetic."""
+    top = z.amax(dim=1, keepdim=True)
+    return z.sub_(top).exp_().sum(dim=1).log_().add_(top.squeeze(1))
+
+
+@_without_autocast
+def nll(hidden: Tensor, head: LinearHead, targets: Tensor, rows: int | None = None) -> Tensor:
+    """-log softmax(logits)[target]: hidden [M, D], targets [M] int64 -> [M]; gradients to hidden, weight and bias.
+
+    rows: rows of a chunk (default: as many as fit the workspace). Raises ValueError for a target outside [0, V).
+    """
+    _check(head, hidden)
+    _check_ids("targets", targets, len(hidden), len(head.weight))
+    return _TokenNLL.apply(hidden, head.weight, head.bias, head, targets, 1.0, None, rows)
+
+
+@_without_autocast
+def log_prob(
+    hidden: Tensor,
+    head: LinearHead,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    suppress: Tensor | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """log softmax(logits / temperature)[token], the suppressed ids [S] left out of the softmax: -> [M], with gradients.
+
+    Raises ValueError for a token outside [0, V) or itself suppressed, and a temperature that is not positive.
+    """
+    _check(head, hidden)
+    _check_ids("tokens", tokens, len(hidden), len(head.weight))
+    if temperature <= 0:
+        raise ValueError(f"temperature = {temperature}: must be positive")
+    if suppress is not None and not tokens.is_cuda and bool(torch.isin(tokens, suppress).any()):
+        raise ValueError(
+            f"tokens = {int(tokens[torch.isin(tokens, suppress)][0])}: is one of the suppressed ids"
+        )
+    return -_TokenNLL.apply(hidden, head.weight, head.bias, head, tokens, float(temperature), suppress, rows)
+
+
+@_without_autocast
+def mixed_nll(
+    base_hidden: Tensor,
+    thought_hidden: Tensor,
+    mix_weight: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    rows: int | None = None,
+) -> Tensor:
+    """NLL under (1 - w) * logits(base) + w * logits(thought): base, thought [M, D], w and targets [M] -> [M].
+
+    A head without soft-cap is linear: there it is the NLL of the mixed hidden state, in high precision.
+    """
+    _check(head, base_hidden, thought_hidden)
+    high = _high(base_hidden)
+    w = mix_weight.to(high)[:, None]
+    if head.softcap is None:
+        mixed = (1 - w) * base_hidden.to(high) + w * thought_hidden.to(high)
+        return nll(mixed, head, targets, rows)
+    _check_ids("targets", targets, len(base_hidden), len(head.weight))
+    rows = rows or max(chunk_rows(len(head.weight), high.itemsize) // 4, 1)
+    parts = [base_hidden.new_empty(0, dtype=high)]
+    for first in range(0, len(targets), rows):
+        at = slice(first, first + rows)
+        parts.append(
+            torch.utils.checkpoint.checkpoint(
+                _capped_mixed_nll,
+                base_hidden[at],
+                thought_hidden[at],
+                w[at],
+                head,
+                targets[at],
+                use_reentrant=False,
+            )
+        )
+    return torch.cat(parts)
+
+
+def _capped_mixed_nll(base: Tensor, thought: Tensor, w: Tensor, head: LinearHead, targets: Tensor) -> Tensor:
+    mixed = (1 - w) * logits(base, head) + w * logits(thought, head)
+    return torch.nn.functional.cross_entropy(mixed, targets, reduction="none")
+
+
+@torch.no_grad()
+@_without_autocast
+def entropy(hidden: Tensor, head: LinearHead, rows: int | None = None) -> Tensor:
+    """Entropy of softmax(logits) in nats: hidden [M, D] -> [M], no gradient."""
+    _check(head, hidden)
+    result = hidden.new_empty(len(hidden), dtype=_high(hidden))
+    for at, z in _chunks(hidden, head, rows):
+        log_p = z.sub_(torch.logsumexp(z, dim=1, keepdim=True))
+        result[at] = -(log_p.exp() * log_p).sum(1)
+    return result
+
+
+@torch.no_grad()
+@_without_autocast
+def sample(
+    hidden: Tensor,
+    head: LinearHead,
+    temperature: float = 1.0,
+    suppress: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """Draw a token for each row from softmax(logits / temperature) without the suppressed ids [S]: -> [M] int64.
+
+    temperature 0 is argmax. Otherwise the inverse of the distribution function at one uniform number a row, drawn
+    for all rows at once: exact, and the same for any chunk size. The Gumbel form of the same draw would need V
+    random numbers a row, which on a CPU cost more than the logits.
+    """
+    _check(head, hidden)
+    if temperature < 0:
+        raise ValueError(f"temperature = {temperature}: must be at least 0")
+    tokens = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+    source = hidden.device if generator is None else generator.device
+    uniform = torch.rand(len(hidden), dtype=torch.float64, generator=generator, device=source).to(
+        hidden.device
+    )
+    for at, z in _chunks(hidden, head, rows):
+        if suppress is not None:
+            z.index_fill_(1, suppress, -torch.inf)
+        if temperature == 0:
+            tokens[at] = z.argmax(dim=1)
+            continue
+        top = z.amax(dim=1, keepdim=True)
+        p = z.sub_(top).div_(temperature).exp_()
+        tokens[at] = _invert(p, uniform[at])
+    return tokens
+
+
+_GROUP = 128
+
+
+def _invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """First index where the running sum of p [M, V] (not normalised) exceeds uniform * its total.
+
+    In two levels, groups of 128 and then inside one: the running sums stay short, so they are accurate and quick.
+    """
+    M, V = p.shape
+    whole = V // _GROUP * _GROUP
+    sums = p[:, :whole].view(M, -1, _GROUP).sum(-1)
+    if whole < V:
+        sums = torch.cat([sums, p[:, whole:].sum(-1, keepdim=True)], dim=1)
+    running = sums.double().cumsum(1)
+    wanted = uniform * running[:, -1]
+    group = torch.searchsorted(running, wanted[:, None], right=True).squeeze(1)
+    # rounding may point past the end, or at a group without probability: step back to the last that has some
+    last = _last_positive(sums)
+    group = torch.minimum(group, last)
+    rest = wanted - torch.where(group > 0, running.gather(1, (group - 1).clamp(min=0)[:, None]).squeeze(1), 0)
+    columns = group[:, None] * _GROUP + torch.arange(_GROUP, device=p.device)
+    inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns >= V, 0)
+    at = torch.searchsorted(inside.double().cumsum(1), rest[:, None], right=True).squeeze(1)
+    return group * _GROUP + torch.minimum(at, _last_positive(inside))
+
+
+def _last_positive(values: Tensor) -> Tensor:
+    """[M]: the last column of [M, K] that is positive."""
+    column = torch.arange(values.shape[1], device=values.device)
+    return torch.where(values > 0, column, 0).amax(dim=1)
