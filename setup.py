@@ -1,5 +1,7 @@
 """One distribution, three import packages; their folders are fixed by the house (see CONTRIBUTING.md)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -22,7 +24,7 @@ setup(
     name="qstar",
     version="0.1.0",
     description="Quiet-STaR: language models that think before they speak, fast enough to use",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

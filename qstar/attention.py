@@ -1,9 +1,9 @@
 """The adapter to transformers' attention and mask interfaces: no model code is touched.
 
-A model whose attention goes through the interface calls the function registered here under the name in its config
-and hands it every extra keyword of `model.forward`. We pass one keyword, `thought_pass`: an immutable object that
-says what this pass is. Each pass has its own, because under gradient checkpointing a layer runs again during
-backward, long after the next pass has begun.
+A model whose attention goes through the interface calls the function registered here under the name in its
+config and hands it every extra keyword of `model.forward`. We pass one keyword, `thought_pass`: an immutable
+object that says what this pass is. Each pass has its own, because under gradient checkpointing a layer runs
+again during backward, long after the next pass has begun.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _PREFIX = "qstar_over_"
 
 
 class TextPass:
-    """The pass over the text: the model's own attention, whose K/V of every layer are kept with their graph."""
+    """The pass over the text: the model's own attention, whose K/V of every layer are kept with their
+    graph."""
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -41,8 +42,9 @@ class TextPass:
         """(k, v) [B, T, Hkv, D] of each layer. Raises ValueError when a layer bypassed the interface."""
         if sorted(self._layers) != list(range(layers)):
             raise ValueError(
-                f"model: {len(self._layers)} of {layers} layers attended through transformers' attention interface; "
-                "every layer must (state-space, convolution and private attention layers are not supported)"
+                f"model: {len(self._layers)} of {layers} layers attended through transformers' attention "
+                "interface; every layer must (state-space, convolution and private attention layers are "
+                "not supported)"
             )
         return tuple(self._layers[i] for i in range(layers))
 
@@ -51,8 +53,8 @@ class TextPass:
 class BlockPass:
     """A pass over the slots of all blocks: [B, N * Lq] tokens, block after block.
 
-    text: K/V of the prefix; prefix_start, prefix_end [B, N] int32; slots: the cache of earlier slots, or None when
-    all slots are in this pass; first: the slot that the pass begins with; impl: of `thought_attention`.
+    text: K/V of the prefix; prefix_start, prefix_end [B, N] int32; slots: the cache of earlier slots, or None
+    when all slots are in this pass; first: the slot that the pass begins with; impl: of `thought_attention`.
     """
 
     text: TextKeysValues
@@ -66,8 +68,8 @@ class BlockPass:
         """q [B, Hq, N * Lq, D], k, v [B, Hkv, N * Lq, D] -> [B, N * Lq, Hq, D]."""
         if options.get("dropout"):
             raise ValueError(
-                f"attention dropout = {options['dropout']}: must be 0, thoughts are sampled and scored by the same "
-                "function; set it to 0 in the model's config"
+                f"attention dropout = {options['dropout']}: must be 0, thoughts are sampled and scored by "
+                "the same function; set it to 0 in the model's config"
             )
         if options.get("position_bias") is not None:
             raise ValueError("position_bias: a model with biases inside attention is not supported")
@@ -77,7 +79,8 @@ class BlockPass:
         if self.slots is not None:
             k, v = self.slots.extend(layer, self.first, k, v)
         k_prefix, v_prefix = self.text[layer]
-        # rotary embeddings leave q and k in fp32 under autocast; the model's own attention casts them back too
+        # rotary embeddings leave q and k in fp32 under autocast; the model's own attention casts them back
+        # too
         autocast = torch.is_autocast_enabled(q.device.type)
         dtype = torch.get_autocast_dtype(q.device.type) if autocast else v.dtype
         q, k, v, k_prefix, v_prefix = (x.to(dtype) for x in (q, k, v, k_prefix, v_prefix))
@@ -131,8 +134,8 @@ def check_supported(model: PreTrainedModel) -> None:
     convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv1d)]
     if types or convolutions:
         raise ValueError(
-            f"model_type = {kind!r}: it mixes positions outside attention ({sorted(types) or convolutions[0]}); "
-            "only full and sliding-window attention layers are supported"
+            f"model_type = {kind!r}: it mixes positions outside attention, in "
+            f"{sorted(types) or convolutions[0]}; only full and sliding-window attention layers are supported"
         )
 
 

@@ -12,7 +12,8 @@ SUBSTITUTES = ("—", " —", "---", "--", "-", "...", "\n")
 class BoundaryEmbeddings(nn.Module):
     """Fed as inputs_embeds, so no prompt can contain them and no head can emit them.
 
-    Each is `scale` times its parameter: with Adam, that makes its learning rate `scale` times the parameter's.
+    Each is `scale` times its parameter: with Adam, that makes its learning rate `scale` times the
+    parameter's.
     """
 
     def __init__(self, width: int, scale: float):
@@ -38,7 +39,8 @@ class BoundaryEmbeddings(nn.Module):
 
 
 def boundary_token_id(tokenizer, text: str) -> tuple[int | None, str]:
-    """The token that the boundaries begin from: (its id, its text), or (None, what instead) when no dash is one token.
+    """The token that the boundaries begin from: (its id, its text), or (None, what instead) when no dash is
+    one token.
 
     A byte-level tokenizer spells an em dash it does not know in three tokens, which mean nothing alone.
     """

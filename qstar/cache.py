@@ -18,10 +18,12 @@ class SlotCache:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, N, Lq, Hkv, D] at slots [first, first + Lq); returns those of slots [0, first + Lq)."""
+        """Write k, v [B, N, Lq, Hkv, D] at slots [first, first + Lq); returns those of slots [0, first +
+        Lq)."""
         if layer not in self._buffers:
             B, N, _, H, _ = k.shape
-            self._buffers[layer] = tuple(x.new_empty(B, N, self.slots, H, x.shape[-1]) for x in (k, v))
+            shape = (B, N, self.slots, H)
+            self._buffers[layer] = (k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1]))
         end = first + k.shape[2]
         written = []
         for buffer, new in zip(self._buffers[layer], (k, v)):
@@ -31,7 +33,8 @@ class SlotCache:
 
 
 class TextCache:
-    """K/V of a growing text, in buffers of full length (no gradient): what generation extends token by token."""
+    """K/V of a growing text, in buffers of full length (no gradient): what generation extends token by
+    token."""
 
     def __init__(self, text: TextKeysValues, length: int):
         self.tokens = text[0][0].shape[1]

@@ -1,7 +1,9 @@
-"""Checkpoints: the base model in its stock format, one safetensors and one json for the thought parts beside it.
+"""Checkpoints: the base model in its stock format, one safetensors and one json for the thought parts beside
+it.
 
-A save is written to a folder inside the target, flushed, then made valid by one rename and moved into place. A crash
-before the rename leaves the previous checkpoint; a crash after it is finished by the next load or save.
+A save is written to a folder inside the target, flushed, then made valid by one rename and moved into place.
+A crash before the rename leaves the previous checkpoint; a crash after it is finished by the next load or
+save.
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]
     description = json.loads(path.read_text(encoding="utf-8"))
     if description["base"] != fingerprint(folder):
         raise ValueError(
-            f"path = {str(folder)!r}: its thought parts were trained with another base model than the one there"
+            f"path = {str(folder)!r}: its thought parts were trained with another base model than the one "
+            "that is there"
         )
     return QuietStarConfig.from_dict(description["config"]), load_file(Path(folder) / TENSORS)
 

@@ -11,10 +11,11 @@ THINKING_POSITIONS = ("all", "random", "uncertain")
 
 @dataclass(frozen=True)
 class QuietStarConfig:
-    """What is computed in a training step. Defaults are the paper's recipe (authors' n_ahead 12 = thought_length + 3).
+    """What is computed in a training step. Defaults are the paper's recipe (authors' n_ahead 12 =
+    thought_length + 3).
 
-    A thought is `<start> c_1 .. c_k <end>` with k = thought_length; m = talk_length true tokens are scored after it;
-    R = num_thoughts are sampled for each thinking position.
+    A thought is `<start> c_1 .. c_k <end>` with k = thought_length; m = talk_length true tokens are scored
+    after it; R = num_thoughts are sampled for each thinking position.
 
     Raises ValueError, naming the field, its value and what is allowed.
     """

@@ -40,7 +40,8 @@ class DataArguments:
 
 
 def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int = 0) -> tuple[Any, list[dict]]:
-    """(training rows as a datasets.Dataset or IterableDataset, held-out rows); a row has input_ids, position_ids.
+    """(training rows as a datasets.Dataset or IterableDataset, held-out rows); a row has input_ids,
+    position_ids.
 
     Raises ValueError for a source that is missing, empty or too short, naming it.
     """
@@ -117,7 +118,8 @@ def document_text(record: dict[str, Any], text_field: str, template: str | None)
 
 
 def encode(texts: list[str], tokenizer) -> Iterator[list[int]]:
-    """Token ids of each text, with the tokenizer's own special tokens and its end-of-text token, if it has one."""
+    """Token ids of each text, with the tokenizer's own special tokens and its end-of-text token, if it has
+    one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         # a document longer than the model's context is cut into rows later: the length warning would mislead
@@ -147,8 +149,8 @@ def pack_rows(documents: Iterator[list[int]], span_length: int) -> dict[str, lis
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Right-padded batch: input_ids, position_ids, attention_mask, labels [B, T] int64.
 
-    Labels come from the mask, never from the padding's token id: an end-of-text token that is also the padding
-    token is learned.
+    Labels come from the mask, never from the padding's token id: an end-of-text token that is also the
+    padding token is learned.
     """
     length = max(len(row["input_ids"]) for row in rows)
     batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in ("input_ids", "position_ids")}

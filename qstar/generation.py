@@ -1,4 +1,5 @@
-"""Generation: before every token each row thinks, speaks one token of the mixed prediction, and forgets the thought."""
+"""Generation: before every token each row thinks, speaks one token of the mixed prediction, and forgets the
+thought."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from qstar.rollout import rollout
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens [B, S] int64, S new tokens, pad after a row's end; thoughts [B, S, k] int64: what was thought before
-    each; mix_weight [B, S] fp32; logits [B, S, V] fp32, the mixed ones, if asked for."""
+    """tokens [B, S] int64, S new tokens, pad after a row's end; thoughts [B, S, k] int64: what was thought
+    before each; mix_weight [B, S] fp32; logits [B, S, V] fp32, the mixed ones, if asked for."""
 
     tokens: Tensor
     thoughts: Tensor
@@ -48,10 +49,10 @@ def generate(
 ) -> Generated:
     """Continue a batch of prompts.
 
-    input_ids [B, T] int64; attention_mask [B, T], 0 on LEFT padding; temperature 0 is argmax; thought_length and
-    thought_temperature default to the model's config; on_token is called with (tokens [B], thoughts [B, k]).
-    The K/V of the text is kept and that of a thought dropped when its token is chosen: a step equals the parallel
-    forward at the last position. Raises ValueError, naming the argument.
+    input_ids [B, T] int64; attention_mask [B, T], 0 on LEFT padding; temperature 0 is argmax; thought_length
+    and thought_temperature default to the model's config; on_token is called with (tokens [B], thoughts [B,
+    k]). The K/V of the text is kept and that of a thought dropped when its token is chosen: a step equals the
+    parallel forward at the last position. Raises ValueError, naming the argument.
     """
     config = _step_config(model.quiet_star, thought_length, thought_temperature)
     _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p, config)
@@ -69,7 +70,10 @@ def generate(
     start = rows.segment_start[:, -1:]
     embed = model.get_input_embeddings()
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    tokens, thoughts, weights, kept_logits = [], [], [], []
+    tokens: list[Tensor] = []
+    thoughts: list[Tensor] = []
+    weights: list[Tensor] = []
+    kept_logits: list[Tensor] = []
     for _ in range(max_new_tokens):
         thought, talk_hidden = _think(model, text, start, config, generator)
         weight = model.mixing(hidden, talk_hidden)
@@ -125,8 +129,8 @@ def _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p,
     longest = input_ids.shape[1] + max_new_tokens - 1 + config.slots
     if context is not None and longest > context:
         raise ValueError(
-            f"max_new_tokens = {max_new_tokens}: {longest} positions (prompt, new tokens and the thought at the last "
-            f"one) exceed the model's context of {context}"
+            f"max_new_tokens = {max_new_tokens}: {longest} positions (prompt, new tokens and the thought "
+            f"at the last one) exceed the model's context of {context}"
         )
 
 

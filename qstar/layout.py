@@ -1,8 +1,8 @@
 """The geometry of one batch: which tokens form a text, which positions think, and where every slot lies.
 
-This is the only place that does index arithmetic. Legend: B rows, T tokens in a row, P thinking positions in a row,
-R thoughts per position, N = P * R blocks (the thoughts of a position side by side), k thought tokens, m talk tokens,
-L = k + m + 1 slots in a block: `<start>`, c_1 .. c_k, `<end>`, x_{t+1} .. x_{t+m-1}.
+This is the only place that does index arithmetic. Legend: B rows, T tokens in a row, P thinking positions in
+a row, R thoughts per position, N = P * R blocks (the thoughts of a position side by side), k thought tokens,
+m talk tokens, L = k + m + 1 slots in a block: `<start>`, c_1 .. c_k, `<end>`, x_{t+1} .. x_{t+m-1}.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ IGNORE = -100  # the label that Hugging Face and torch leave out of a loss
 class TextRows:
     """Rows of tokens cut into texts: padding and every packed document are segments of their own.
 
-    position_ids [B, T] int64, counted from the start of each segment; a model given them and no mask keeps the
-    segments apart. segment_start, segment_end [B, T] int64: the segment [start, end) that each token lies in;
-    is_text [B, T] bool: False on padding.
+    position_ids [B, T] int64, counted from the start of each segment; a model given them and no mask keeps
+    the segments apart. segment_start, segment_end [B, T] int64: the segment [start, end) that each token lies
+    in; is_text [B, T] bool: False on padding.
     """
 
     position_ids: Tensor
@@ -36,8 +36,9 @@ class TextRows:
     def from_batch(
         cls, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> TextRows:
-        """input_ids [B, T]; attention_mask [B, T] of 0 and 1; position_ids [B, T], only for rows that pack several
-        documents: each counts from 0 (the convention of Hugging Face's DataCollatorWithFlattening)."""
+        """input_ids [B, T]; attention_mask [B, T] of 0 and 1; position_ids [B, T], only for rows that pack
+        several documents: each counts from 0 (the convention of Hugging Face's
+        DataCollatorWithFlattening)."""
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens]")
         B, T = input_ids.shape
@@ -69,7 +70,8 @@ class TextRows:
         return cls(counted, start, end, is_text)
 
     def predicts(self, labels: Tensor) -> Tensor:
-        """[B, T] bool: position t predicts a token x_{t+1} of its own text whose label [B, T] is not ignored."""
+        """[B, T] bool: position t predicts a token x_{t+1} of its own text whose label [B, T] is not
+        ignored."""
         T = labels.shape[1]
         has_next = torch.arange(1, T + 1, device=labels.device) < self.segment_end
         next_label = torch.full_like(labels, IGNORE)
@@ -81,10 +83,10 @@ class TextRows:
 class ThoughtLayout:
     """Where the blocks of a batch hang and what each of their slots is.
 
-    positions [B, P] int64: the token that each block continues (0 where padded); valid [B, P] bool: not padded;
-    prefix_start, prefix_end [B, N] int32: the prefix keys of each block (empty where padded);
-    slot_position_ids [B, N, L] int64; talk_index [B, P, m] int64: t + j, the token whose base prediction is mixed,
-    and after j = 0 the talk token that is fed; target_valid [B, P, m] bool: x_{t+1+j} is a target;
+    positions [B, P] int64: the token that each block continues (0 where padded); valid [B, P] bool: not
+    padded; prefix_start, prefix_end [B, N] int32: the prefix keys of each block (empty where padded);
+    slot_position_ids [B, N, L] int64; talk_index [B, P, m] int64: t + j, the token whose base prediction is
+    mixed, and after j = 0 the talk token that is fed; target_valid [B, P, m] bool: x_{t+1+j} is a target;
     rewarded [B, P] bool: enters the policy loss (t <= T - 2 - m of its text, with a target); tokens: T.
     """
 
@@ -118,7 +120,7 @@ class ThoughtLayout:
         predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain'.
         """
         B, T = predicts.shape
-        m, R, device = config.talk_length, config.num_thoughts, predicts.device
+        m, device = config.talk_length, predicts.device
         steps = torch.arange(m, device=device)
         reach = torch.arange(T, device=device)[:, None] + steps  # t + j
         inside = reach < rows.segment_end[..., None]

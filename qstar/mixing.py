@@ -7,8 +7,9 @@ from torch import Tensor, nn
 class MixingHead(nn.Module):
     """w = MLP([base hidden ; thought hidden]), the weight of the THOUGHT, unsquashed, always in fp32.
 
-    Linear(2D, D) ReLU Linear(D, D) ReLU Linear(D, 1, no bias); the last layer starts at zero, so training starts as
-    exactly the base model. Source: arXiv 2403.09629, section 4.3, as published in the authors' code.
+    Linear(2D, D) ReLU Linear(D, D) ReLU Linear(D, 1, no bias); the last layer starts at zero, so training
+    starts as exactly the base model. Source: arXiv 2403.09629, section 4.3, as published in the authors'
+    code.
     """
 
     def __init__(self, width: int):
@@ -26,6 +27,6 @@ class MixingHead(nn.Module):
         """base_hidden, thought_hidden [..., D] of any dtype -> w [...] fp32."""
         # a weight of 1e-3 must survive: neither bf16 parameters nor autocast may round it
         with torch.autocast(base_hidden.device.type, enabled=False):
-            weight_dtype = self.layers[0].weight.dtype
-            pair = torch.cat([base_hidden, thought_hidden], dim=-1).to(weight_dtype)
+            parameter = next(self.parameters())
+            pair = torch.cat([base_hidden, thought_hidden], dim=-1).to(parameter.dtype)
             return self.layers(pair).squeeze(-1)

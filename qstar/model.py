@@ -1,4 +1,5 @@
-"""QuietStarForCausalLM: any causal LM on transformers' attention interface, taught to think before it speaks."""
+"""QuietStarForCausalLM: any causal LM on transformers' attention interface, taught to think before it
+speaks."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class QuietStarOutput(ModelOutput):
-    """loss: scalar, to call backward on; metrics: detached scalars by name; nll_loss, policy_loss: the two weighted
-    parts of the loss, with their graph."""
+    """loss: scalar, to call backward on; metrics: detached scalars by name; nll_loss, policy_loss: the two
+    weighted parts of the loss, with their graph."""
 
     loss: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
@@ -54,7 +55,8 @@ class Thoughts:
 
 
 class QuietStarForCausalLM(PreTrainedModel):
-    """A base model, two boundary embeddings and a mixing head. Build one with `from_base` or `from_pretrained`."""
+    """A base model, two boundary embeddings and a mixing head. Build one with `from_base` or
+    `from_pretrained`."""
 
     config_class = PreTrainedConfig
     base_model_prefix = "base"
@@ -78,7 +80,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         self.mixing.to(head.device)
         self.register_buffer("suppress", self._suppressed(quiet_star), persistent=False)
 
-    # -- construction and checkpoints ---------------------------------------------------------------------------
+    # -- construction and checkpoints
+    # ---------------------------------------------------------------------------
 
     @classmethod
     def from_base(
@@ -90,9 +93,10 @@ class QuietStarForCausalLM(PreTrainedModel):
     ) -> QuietStarForCausalLM:
         """Begin from a base model that has never thought: w = 0, `<start>` and `<end>` from an em dash.
 
-        tokenizer: to find the dash and the special tokens; of a path it is loaded from there. Without one, the
-        boundaries begin from the mean embedding, and the model's bos, eos and pad ids are suppressed.
-        model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError for an unsupported model.
+        tokenizer: to find the dash and the special tokens; of a path it is loaded from there. Without one,
+        the boundaries begin from the mean embedding, and the model's bos, eos and pad ids are suppressed.
+        model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError for an unsupported
+        model.
         """
         config = config or QuietStarConfig()
         if isinstance(model_or_path, PreTrainedModel):
@@ -125,8 +129,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         is_main_process: bool = True,
         **kwargs,
     ) -> None:
-        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any moment
-        leaves the previous checkpoint of that folder loadable."""
+        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any
+        moment leaves the previous checkpoint of that folder loadable."""
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
@@ -139,7 +143,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         return model
 
     def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
-        """This model, from now on with other knobs; the suppressed tokens stay unless the config names its own.
+        """This model, from now on with other knobs; the suppressed tokens stay unless the config names its
+        own.
 
         Raises ValueError for another boundary_scale: the embeddings are stored divided by it.
         """
@@ -177,10 +182,12 @@ class QuietStarForCausalLM(PreTrainedModel):
             softcap=getattr(c, "final_logit_softcapping", None),
         )
 
-    # -- the passes ---------------------------------------------------------------------------------------------
+    # -- the passes
+    # ---------------------------------------------------------------------------------------------
 
     def read_text(self, input_ids: Tensor, rows: TextRows) -> tuple[Tensor, TextKeysValues]:
-        """The base model over the text [B, T]: hidden states [B, T, D] after the final norm, and K/V by layer."""
+        """The base model over the text [B, T]: hidden states [B, T, D] after the final norm, and K/V by
+        layer."""
         text_pass = TextPass()
         hidden = self.base.base_model(
             input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
@@ -188,7 +195,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
 
     def read_slots(self, embeddings: Tensor, position_ids: Tensor, block_pass: BlockPass) -> Tensor:
-        """Slots of all blocks, embeddings [B, N * Lq, D] at position_ids [B, N * Lq] -> hidden states alike."""
+        """Slots of all blocks, embeddings [B, N * Lq, D] at position_ids [B, N * Lq] -> hidden states
+        alike."""
         # a 4D mask goes through transformers untouched; ours is in the pass, so this one is never looked at
         no_mask = embeddings.new_zeros(1, 1, 1, 1)
         table = self.base.get_input_embeddings().weight
@@ -210,7 +218,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         thoughts: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Thoughts:
-        """Sample thoughts at the layout's positions (or take `thoughts` [B, P, R, k]) and read them with gradient.
+        """Sample thoughts at the layout's positions (or take `thoughts` [B, P, R, k]) and read them with
+        gradient.
 
         input_ids [B, T], of which the talk tokens are fed; text_hidden [B, T, D] and text from `read_text`.
         """
@@ -218,14 +227,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         k, m, L, R = config.thought_length, config.talk_length, config.slots, layout.num_thoughts
         B, P = layout.positions.shape
         N = P * R
-        ranges = {
-            "prefix_start": layout.prefix_start,
-            "prefix_end": layout.prefix_end,
-            "impl": config.attention,
-        }
+        block_pass = BlockPass(text, layout.prefix_start, layout.prefix_end, impl=config.attention)
         embed = self.base.get_input_embeddings()
         if thoughts is None:
-            thoughts = self._sample(text, layout, config, ranges, generator).view(B, P, R, k)
+            thoughts = self._sample(block_pass, layout, config, generator).view(B, P, R, k)
         elif thoughts.shape != (B, P, R, k):
             raise ValueError(
                 f"thoughts has shape {tuple(thoughts.shape)}: must be [B, P, R, k] = {(B, P, R, k)}"
@@ -237,9 +242,8 @@ class QuietStarForCausalLM(PreTrainedModel):
             x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end)
         )
         slots = torch.cat([start, tokens[:, :, :k], end, tokens[:, :, k:]], dim=2)
-        hidden = self.read_slots(
-            slots.flatten(1, 2), layout.slot_position_ids.flatten(1), BlockPass(text, **ranges)
-        ).view(B, P, R, L, -1)
+        hidden = self.read_slots(slots.flatten(1, 2), layout.slot_position_ids.flatten(1), block_pass)
+        hidden = hidden.view(B, P, R, L, -1)
         talk_hidden = hidden[..., k + 1 :, :]
         rows = torch.arange(B, device=input_ids.device)[:, None, None]
         base_hidden = text_hidden[rows, layout.talk_index][:, :, None]
@@ -248,13 +252,17 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     @torch.no_grad()
     def _sample(
-        self, text, layout: ThoughtLayout, config: QuietStarConfig, ranges: dict, generator
+        self,
+        whole: BlockPass,
+        layout: ThoughtLayout,
+        config: QuietStarConfig,
+        generator: torch.Generator | None,
     ) -> Tensor:
-        frozen = tuple((k.detach(), v.detach()) for k, v in text)
+        frozen = tuple((k.detach(), v.detach()) for k, v in whole.text)
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
-            block_pass = BlockPass(frozen, slots=cache, first=first, **ranges)
-            return self.read_slots(embeddings, layout.slot_position_ids[:, :, first], block_pass)
+            step = replace(whole, text=frozen, slots=cache, first=first)
+            return self.read_slots(embeddings, layout.slot_position_ids[:, :, first], step)
 
         return rollout(
             read_slots=read,
@@ -269,7 +277,8 @@ class QuietStarForCausalLM(PreTrainedModel):
             generator=generator,
         )
 
-    # -- the training step --------------------------------------------------------------------------------------
+    # -- the training step
+    # --------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -283,11 +292,12 @@ class QuietStarForCausalLM(PreTrainedModel):
     ) -> QuietStarOutput:
         """One training step's loss and metrics.
 
-        input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where not a
-        target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed documents;
-        generator: source of the thoughts (default: torch's own); num_items_in_batch: targets of the whole
-        accumulated batch, by whose share this loss is weighted; thoughts [B, P, R, k]: take these, sample none.
-        Raises ValueError for a text that is too short, or too long with its thoughts for the model's context.
+        input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where
+        not a target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed
+        documents; generator: source of the thoughts (default: torch's own); num_items_in_batch: targets of
+        the whole accumulated batch, by whose share this loss is weighted; thoughts [B, P, R, k]: take these,
+        sample none. Raises ValueError for a text that is too short, or too long with its thoughts for the
+        model's context.
         """
         config = self.quiet_star
         rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
@@ -335,7 +345,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         mixed_loss, steps = objective.mixed_loss(mixed, valid)
         policy = self._policy_loss(thought, advantage, rewarded.sum(), head)
 
-        share = 1.0
+        share: float | Tensor = 1.0
         if num_items_in_batch is not None:
             share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
         nll_loss = share * (config.base_weight * base_loss + (1 - config.base_weight) * mixed_loss)
@@ -377,7 +387,7 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     def _check(self, input_ids: Tensor) -> None:
         T, config = input_ids.shape[1], self.quiet_star
-        if T <= config.talk_length:
+        if config.talk_length >= T:
             raise ValueError(
                 f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}"
             )
@@ -392,8 +402,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         dtype = next(self.base.parameters()).dtype
         if dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
-                f"the base model's parameters are {dtype}: at small learning rates most of them never change; load "
-                "it in float32 and train with bf16 mixed precision",
+                f"the base model's parameters are {dtype}: at small learning rates most of them never "
+                "change; load it in float32 and train with bf16 mixed precision",
                 stacklevel=3,
             )
         for module in self.base.modules():
@@ -407,7 +417,8 @@ class QuietStarForCausalLM(PreTrainedModel):
 
 
 def _special_tokens(base: PreTrainedModel, tokenizer) -> list[int]:
-    """Ids that must not occur inside a thought: the tokenizer's special tokens, else those the model names."""
+    """Ids that must not occur inside a thought: the tokenizer's special tokens, else those the model
+    names."""
     if tokenizer is not None:
         ids = set(tokenizer.all_special_ids)
     else:

@@ -28,7 +28,8 @@ def mixed_loss(mixed_nll: Tensor, target_valid: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def reward(base_nll: Tensor, mixed_nll: Tensor, target_valid: Tensor) -> Tensor:
-    """R = sum_j (NLL_base - NLL_mixed) over the targets: base_nll [B, P, 1, m], mixed_nll [B, P, R, m] -> [B, P, R]."""
+    """R = sum_j (NLL_base - NLL_mixed) over the targets: base_nll [B, P, 1, m], mixed_nll [B, P, R, m] -> [B,
+    P, R]."""
     return torch.where(target_valid, base_nll - mixed_nll, 0).sum(-1)
 
 
@@ -36,8 +37,8 @@ def reward(base_nll: Tensor, mixed_nll: Tensor, target_valid: Tensor) -> Tensor:
 def advantage(reward: Tensor, rewarded: Tensor, normalize: bool = False) -> Tensor:
     """A = relu(R - mean over the thoughts of a position); with one thought there is no mean: relu(R).
 
-    reward [B, P, R], rewarded [B, P] bool -> [B, P, R], 0 where not rewarded. `normalize` divides by the standard
-    deviation of what is clamped, over the rewarded thoughts of the batch.
+    reward [B, P, R], rewarded [B, P] bool -> [B, P, R], 0 where not rewarded. `normalize` divides by the
+    standard deviation of what is clamped, over the rewarded thoughts of the batch.
     """
     centred = reward - reward.mean(-1, keepdim=True) if reward.shape[-1] > 1 else reward
     if normalize:
@@ -50,8 +51,8 @@ def advantage(reward: Tensor, rewarded: Tensor, normalize: bool = False) -> Tens
 def policy_loss(log_prob: Tensor, advantage: Tensor, rewarded_thoughts: Tensor | int) -> Tensor:
     """mean over thought tokens and rewarded thoughts of -A * log p(c_i).
 
-    log_prob [M, k] and advantage [M] of the M thoughts whose advantage is positive: the others add exactly 0, but
-    they count in the mean, over `rewarded_thoughts`.
+    log_prob [M, k] and advantage [M] of the M thoughts whose advantage is positive: the others add exactly 0,
+    but they count in the mean, over `rewarded_thoughts`.
     """
     total = -(advantage[:, None] * log_prob).sum()
     return total / max(log_prob.shape[1], 1) / torch.as_tensor(rewarded_thoughts).clamp(min=1)
@@ -66,9 +67,11 @@ def spread(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_norms(losses: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
-    """The gradient norm of each named loss over the parameters, apart; the graph is kept for the backward to come.
+    """The gradient norm of each named loss over the parameters, apart; the graph is kept for the backward to
+    come.
 
-    As the mixing weight grows, the policy term's gradient can exceed the NLL's by orders of magnitude; this shows it.
+    As the mixing weight grows, the policy term's gradient can exceed the NLL's by orders of magnitude; this
+    shows it.
     """
     norms = {}
     for name, loss in losses.items():

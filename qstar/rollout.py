@@ -31,7 +31,8 @@ def rollout(
     """Sample c_1 .. c_k of every block.
 
     blocks = (B, N); cache receives the K/V of `<start>` and c_1 .. c_{k-1} (c_k is sampled, not yet read);
-    suppress [S] int64: ids that never occur inside a thought; temperature 0 is argmax. Returns [B, N, k] int64.
+    suppress [S] int64: ids that never occur inside a thought; temperature 0 is argmax. Returns [B, N, k]
+    int64.
     """
     B, N = blocks
     tokens = torch.empty(B, N, thought_length, dtype=torch.long, device=head.weight.device)

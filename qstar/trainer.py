@@ -1,5 +1,5 @@
-"""The stock Hugging Face Trainer, told four things: the learning rates of the parts, what to log, when to stop, and
-which files a checkpoint has."""
+"""The stock Hugging Face Trainer, told four things: the learning rates of the parts, what to log, when to
+stop, and which files a checkpoint has."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ class NonFiniteError(RuntimeError):
 class QuietStarTrainer(Trainer):
     """`Trainer` for a QuietStarForCausalLM.
 
-    mixing_learning_rate, boundary_learning_rate: of those parts (default: `args.learning_rate`), the latter before
-    the factor `boundary_scale`; gradient_norm_steps: log the gradient norms of the NLL and the policy part apart at
-    every so many steps (two more backward passes there), 0 never.
+    mixing_learning_rate, boundary_learning_rate: of those parts (default: `args.learning_rate`), the latter
+    before the factor `boundary_scale`; gradient_norm_steps: log the gradient norms of the NLL and the policy
+    part apart at every so many steps (two more backward passes there), 0 never.
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -59,9 +61,9 @@ class QuietStarTrainer(Trainer):
                     part = next((p for p in self._part_rates if f".{name}".find(f".{p}") >= 0), None)
                     # boundaries are embeddings that no text trains: decay would only pull them to zero
                     groups[part, name in decayed and part != "boundary."].append(parameter)
-            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             rates = {part: rate for part, rate in self._part_rates.items() if rate is not None}
-            self.optimizer = optimizer(
+            self.optimizer = kind(
                 [
                     {
                         "params": parameters,
@@ -136,7 +138,8 @@ class ThoughtProgress(ProgressCallback):
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint-N of a run that was written to its end; one cut short by a crash is passed over."""
+    """The newest checkpoint-N of a run that was written to its end; one cut short by a crash is passed
+    over."""
     folder = Path(output_dir)
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ():

@@ -1,8 +1,9 @@
 """`qstar bench step`: seconds and peak memory of one training step, ours beside the dense-mask path.
 
-Both run the same step on the same random model and text; only the implementation of thought attention differs:
-`reference` scores every slot against all T prefix keys under a dense mask. Each implementation runs in processes of
-its own, so that peak resident memory is its own; their rounds alternate, so that a busy machine hurts both.
+Both run the same step on the same random model and text; only the implementation of thought attention
+differs: `reference` scores every slot against all T prefix keys under a dense mask. Each implementation runs
+in processes of its own, so that peak resident memory is its own; their rounds alternate, so that a busy
+machine hurts both.
 """
 
 from __future__ import annotations

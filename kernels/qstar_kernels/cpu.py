@@ -1,10 +1,11 @@
-"""Thought attention on a CPU: tiles of neighbouring blocks share their prefix keys, so the products are large.
+"""Thought attention on a CPU: tiles of neighbouring blocks share their prefix keys, so the products are
+large.
 
 No dense mask: memory is O(T + N * L) beside a workspace of bounded size. The backward recomputes each tile's
-probabilities from the saved global log-sum-exp, P = exp(s - lse), and uses the global delta = rowsum(dO * O) - dlse:
-then prefix and own part are back-propagated each alone, exactly.
-Legend: B rows, N blocks, Lq queries, Lk own keys, T prefix keys, H key-value heads, G query heads of each, D width;
-W = Lq * G rows of a block that see the same prefix keys.
+probabilities from the saved global log-sum-exp, P = exp(s - lse), and uses the global delta = rowsum(dO * O)
+- dlse: then prefix and own part are back-propagated each alone, exactly. Legend: B rows, N blocks, Lq
+queries, Lk own keys, T prefix keys, H key-value heads, G query heads of each, D width; W = Lq * G rows of a
+block that see the same prefix keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TILE_ROWS = 1024
 
 
 def tile_blocks(B: int, H: int, W: int, T: int, Lk: int, itemsize: int) -> int:
-    """Blocks of a tile: enough rows for a good matrix product, scores within the workspace, at least one block."""
+    """Blocks of a tile: enough rows for a good matrix product, scores within the workspace, at least one
+    block."""
     by_memory = WORKSPACE_BYTES // max(1, B * H * W * (T + Lk) * itemsize)
     return max(1, min(by_memory, TILE_ROWS // W))
 
@@ -34,12 +36,12 @@ class _Options:
 
 
 class _Problem:
-    """The operands by key-value head, in the dtype that is computed in: q [B, H, N, W, D], prefix [B, H, T, D],
-    own k, v [B, H, N, Lk, D]. Queries are scaled already."""
+    """The operands by key-value head, in the dtype that is computed in: q [B, H, N, W, D], prefix [B, H, T,
+    D], own k, v [B, H, N, Lk, D]. Queries are scaled already."""
 
     def __init__(self, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, options: _Options):
         self.shape = q.shape
-        B, N, self.Lq, Hq, D = q.shape
+        B, N, self.Lq, Hq, _ = q.shape
         H = k.shape[3]
         self.G, self.Lk, self.options = Hq // H, k.shape[2], options
         high = torch.promote_types(q.dtype, torch.float32)
@@ -52,7 +54,8 @@ class _Problem:
         if options.window is not None:
             lower = torch.maximum(lower, upper + slot - options.window + 1)
         self.lower, self.upper = lower, upper
-        # a block's window may have moved past its prefix: then it has no prefix key, and lower > upper is harmless
+        # a block's window may have moved past its prefix: then it has no prefix key, and lower > upper is
+        # harmless
         key = torch.arange(self.Lk)
         hidden = (
             key > slot[:, None]
@@ -75,7 +78,8 @@ class _Problem:
         return x.unflatten(3, (self.Lq, self.G)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).to(dtype)
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(blocks, prefix keys, scores [B, H, n * W, keys + Lk]) of each tile, masked, the prefix keys first."""
+        """(blocks, prefix keys, scores [B, H, n * W, keys + Lk]) of each tile, masked, the prefix keys
+        first."""
         B, H, N, W, D = self.q.shape
         T, Lk = self.k_prefix.shape[2], self.Lk
         size = tile_blocks(B, H, W, T, Lk, self.q.element_size())
@@ -154,7 +158,7 @@ class _ThoughtAttention(torch.autograd.Function):
         delta = (d_result.to(high) * result.to(high)).sum(-1)
         if d_lse is not None:
             delta = delta - d_lse
-        B, H, N, W, D = problem.q.shape
+        B, H, _, W, D = problem.q.shape
         d_out = problem.by_head(d_result, high)
         row_lse, row_delta = (problem.by_head(x[..., None], high).squeeze(-1) for x in (lse, delta))
         dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))

@@ -1,6 +1,7 @@
 """Thought attention by its definition: a dense mask over [prefix | own slots]. The truth of every test.
 
-Legend: B rows, N blocks, Lq queries, Lk own keys, T prefix keys, Hq / Hkv query / key-value heads, D head width.
+Legend: B rows, N blocks, Lq queries, Lk own keys, T prefix keys, Hq / Hkv query / key-value heads, D head
+width.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def reference(
     sinks: Tensor | None,
     own: str,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(mask(scale * q [k_prefix ; k]^T)) [v_prefix ; v], and its log-sum-exp; autograd does the backward."""
+    """softmax(mask(scale * q [k_prefix ; k]^T)) [v_prefix ; v], and its log-sum-exp; autograd does the
+    backward."""
     N, Lq, group = q.shape[1], q.shape[2], q.shape[3] // k.shape[3]
     high = torch.promote_types(q.dtype, torch.float32)
 

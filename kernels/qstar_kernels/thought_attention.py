@@ -50,15 +50,17 @@ def thought_attention(
     Args:
         q: [B, N, Lq, Hq, D]; k, v: [B, N, Lk, Hkv, D], Lq <= Lk, Hq a multiple of Hkv (grouped queries).
         k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
-        prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded block has
-            start = end. Out-of-range values raise on a CPU; on a GPU they are not looked at, which would wait for it.
+        prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
+            block has start = end. Out-of-range values raise on a CPU; on a GPU they are not looked at, which
+            would wait for it.
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
         impl: "auto", "cpu" or "reference" (the dense mask).
 
     Returns:
-        out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through both.
+        out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through
+        both.
 
     Raises:
         ValueError, naming the argument, its value and what is allowed.

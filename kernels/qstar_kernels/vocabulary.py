@@ -1,8 +1,8 @@
 """What a language model's head is asked for, row by row, without ever holding all logits.
 
-Every function works on chunks of rows inside a bounded workspace and gives fp32 (fp64 for fp64 inputs) whatever
-the dtype of the hidden states: rewards are differences of NLLs of about 1e-3, which bf16 rounds to zero.
-Legend: M rows, D width, V vocabulary.
+Every function works on chunks of rows inside a bounded workspace and gives fp32 (fp64 for fp64 inputs)
+whatever the dtype of the hidden states: rewards are differences of NLLs of about 1e-3, which bf16 rounds to
+zero. Legend: M rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ WORKSPACE_BYTES = 64 << 20  # of one chunk of fp32 logits
 class LinearHead:
     """hidden -> logits: softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap).
 
-    weight [V, D]; bias [V] or None; logit_scale as in Cohere and (its reciprocal) Granite; softcap as in Gemma 2.
+    weight [V, D]; bias [V] or None; logit_scale as in Cohere and (its reciprocal) Granite; softcap as in
+    Gemma 2.
     """
 
     weight: Tensor
@@ -38,7 +39,8 @@ def _high(hidden: Tensor) -> torch.dtype:
 
 
 def _linear(hidden: Tensor, head: LinearHead, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """(hidden @ weight.T + bias) * logit_scale in high precision; `weight` is head.weight, perhaps cast already."""
+    """(hidden @ weight.T + bias) * logit_scale in high precision; `weight` is head.weight, perhaps cast
+    already."""
     high = _high(hidden)
     half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
     if half and hidden.is_cuda:  # tensor cores round the inputs only; the sum and the result stay fp32
@@ -178,9 +180,11 @@ def _logsumexp_(z: Tensor) -> Tensor:
 
 @_without_autocast
 def nll(hidden: Tensor, head: LinearHead, targets: Tensor, rows: int | None = None) -> Tensor:
-    """-log softmax(logits)[target]: hidden [M, D], targets [M] int64 -> [M]; gradients to hidden, weight and bias.
+    """-log softmax(logits)[target]: hidden [M, D], targets [M] int64 -> [M]; gradients to hidden, weight and
+    bias.
 
-    rows: rows of a chunk (default: as many as fit the workspace). Raises ValueError for a target outside [0, V).
+    rows: rows of a chunk (default: as many as fit the workspace). Raises ValueError for a target outside [0,
+    V).
     """
     _check(head, hidden)
     _check_ids("targets", targets, len(hidden), len(head.weight))
@@ -196,7 +200,8 @@ def log_prob(
     suppress: Tensor | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """log softmax(logits / temperature)[token], the suppressed ids [S] left out of the softmax: -> [M], with gradients.
+    """log softmax(logits / temperature)[token], the suppressed ids [S] left out of the softmax: -> [M], with
+    gradients.
 
     Raises ValueError for a token outside [0, V) or itself suppressed, and a temperature that is not positive.
     """
@@ -276,11 +281,12 @@ def sample(
     generator: torch.Generator | None = None,
     rows: int | None = None,
 ) -> Tensor:
-    """Draw a token for each row from softmax(logits / temperature) without the suppressed ids [S]: -> [M] int64.
+    """Draw a token for each row from softmax(logits / temperature) without the suppressed ids [S]: -> [M]
+    int64.
 
-    temperature 0 is argmax. Otherwise the inverse of the distribution function at one uniform number a row, drawn
-    for all rows at once: exact, and the same for any chunk size. The Gumbel form of the same draw would need V
-    random numbers a row, which on a CPU cost more than the logits.
+    temperature 0 is argmax. Otherwise the inverse of the distribution function at one uniform number a row,
+    drawn for all rows at once: exact, and the same for any chunk size. The Gumbel form of the same draw would
+    need V random numbers a row, which on a CPU cost more than the logits.
     """
     _check(head, hidden)
     if temperature < 0:
@@ -308,7 +314,8 @@ _GROUP = 128
 def _invert(p: Tensor, uniform: Tensor) -> Tensor:
     """First index where the running sum of p [M, V] (not normalised) exceeds uniform * its total.
 
-    In two levels, groups of 128 and then inside one: the running sums stay short, so they are accurate and quick.
+    In two levels, groups of 128 and then inside one: the running sums stay short, so they are accurate and
+    quick.
     """
     M, V = p.shape
     whole = V // _GROUP * _GROUP

@@ -1,4 +1,5 @@
-"""`qstar train`: the stock Hugging Face Trainer on a QuietStarForCausalLM, with a table of before and after."""
+"""`qstar train`: the stock Hugging Face Trainer on a QuietStarForCausalLM, with a table of before and
+after."""
 
 from __future__ import annotations
 
@@ -129,7 +130,8 @@ def main(argv: list[str]) -> int:
 
 
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:
-    """A checkpoint that already thinks goes on with the options of this run; any other folder is a base model."""
+    """A checkpoint that already thinks goes on with the options of this run; any other folder is a base
+    model."""
     if not (Path(path) / "quiet_star.json").is_file():
         return QuietStarForCausalLM.from_base(path, config, tokenizer=tokenizer, dtype="float32")
     model = QuietStarForCausalLM.from_pretrained(path, dtype="float32")

@@ -1,4 +1,5 @@
-"""Held-out next-token loss with and without thoughts, token by token, and its summary before and after training."""
+"""Held-out next-token loss with and without thoughts, token by token, and its summary before and after
+training."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class HeldOut:
 def held_out(
     model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out"
 ) -> HeldOut:
-    """Score rows (input_ids, position_ids), thinking once and greedily at every position; nothing is kept but scalars."""
+    """Score rows (input_ids, position_ids), thinking once and greedily at every position; nothing is kept but
+    scalars."""
     config = replace(
         model.quiet_star,
         num_thoughts=1,
@@ -64,8 +66,8 @@ def held_out(
 def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:
     """[tokens] bool: the share of tokens with the highest base NLL before training.
 
-    Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read these
-    figures beside those of all tokens.
+    Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read
+    these figures beside those of all tokens.
     """
     chosen = torch.zeros_like(start.base_nll, dtype=torch.bool)
     chosen[start.base_nll.topk(max(1, round(share * len(start.base_nll)))).indices] = True

@@ -1,4 +1,5 @@
-"""The twelve defects of the published code (see the method's documentation), each with a test that fails on it."""
+"""The twelve defects of the published code (see the method's documentation), each with a test that fails on
+it."""
 
 import copy
 import warnings

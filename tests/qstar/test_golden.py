@@ -50,7 +50,8 @@ def model(request, golden):
 
 @pytest.fixture(scope="module")
 def output(model, golden):
-    # theirs [B, copy, T, k]; ours [B, position, thought, k], without the last position, which predicts nothing
+    # theirs [B, copy, T, k]; ours [B, position, thought, k], without the last position, which predicts
+    # nothing
     thoughts = golden["thought_tokens"].transpose(1, 2)[:, :-1]
     return model(golden["input_ids"], thoughts=thoughts)
 

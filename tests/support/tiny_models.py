@@ -66,7 +66,8 @@ def base_model(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
 
 
 def thinking_model(kind: str = "llama", seed: int = 0, mix: float = 0.5, **knobs) -> QuietStarForCausalLM:
-    """A model whose mixing head and boundaries are random, as after training (mix scales w; 0 leaves w = 0)."""
+    """A model whose mixing head and boundaries are random, as after training (mix scales w; 0 leaves w =
+    0)."""
     defaults = {"thought_length": 3, "talk_length": 2, "num_thoughts": 2, "policy_weight": 1.0}
     model = QuietStarForCausalLM.from_base(base_model(kind, seed), QuietStarConfig(**(defaults | knobs)))
     torch.manual_seed(seed + 1)
@@ -87,7 +88,8 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
 def plain_slots(
     model: QuietStarForCausalLM, eager: PreTrainedModel, prefix: Tensor, thought: Tensor, talk: Tensor
 ) -> Tensor:
-    """One position's thought, the slow way: a plain eager forward over prefix [t+1], thought [k], talk [j] tokens.
+    """One position's thought, the slow way: a plain eager forward over prefix [t+1], thought [k], talk [j]
+    tokens.
 
     Returns the hidden states [k + 2 + j, D] of the slots.
     """
