@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set
 from qstar import report
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, collate, load_rows
+from qstar.demo import TINY_LM
 from qstar.evaluation.held_out import hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
 from qstar.trainer import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
@@ -24,7 +25,10 @@ class ModelArguments:
     """Which model, and the learning rates of its new parts."""
 
     model: str = field(
-        metadata={"help": "Base model or Quiet-STaR checkpoint: a folder, or a name on the hub."}
+        default=str(TINY_LM),
+        metadata={
+            "help": "Base or Quiet-STaR model: a folder, or a name on the hub; default: the embedded one."
+        },
     )
     mixing_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the mixing head; default: --learning_rate."}
