@@ -17,7 +17,7 @@ from torch import Tensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-WORKSPACE_BYTES = 64 << 20  # of one chunk of fp32 logits
+WORKSPACE_BYTES = 128 << 20  # of one chunk of fp32 logits: 1,024 rows of 32k, large enough for fast products
 
 
 @dataclass(frozen=True)
@@ -136,29 +136,25 @@ def logits(hidden: Tensor, head: LinearHead) -> Tensor:
 class _TokenNLL(torch.autograd.Function):
     """-log softmax(logits / temperature)[token], over the tokens that are not suppressed.
 
-    Forward keeps the row's log-sum-exp; backward makes the logits again, chunk by chunk.
+    Forward keeps nothing of the logits; backward makes them again, chunk by chunk. The softmaxes run in
+    place, row by row inside the cache; what multiplies a whole row is applied to its hidden state, not to its
+    V logits.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, tokens, temperature, suppress, rows):
         result = hidden.new_empty(len(hidden), dtype=_high(hidden))
-        lse = torch.empty_like(result)
         for at, z in _chunks(hidden, head, rows):
-            if suppress is not None:
-                z.index_fill_(1, suppress, -torch.inf)
-            if temperature != 1.0:
-                z.div_(temperature)
-            chosen = z.gather(1, tokens[at, None]).squeeze(1)
-            lse[at] = torch.logsumexp(z, dim=1) if z.is_cuda else _logsumexp_(z)
-            result[at] = lse[at] - chosen
-        ctx.save_for_backward(hidden, weight, bias, tokens, lse, suppress)
+            log_p = torch.log_softmax(_at_temperature(z, suppress, temperature), dim=1, out=z)
+            result[at] = -log_p.gather(1, tokens[at, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, tokens, suppress)
         ctx.settings = head.logit_scale, head.softcap, temperature, rows
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, tokens, lse, suppress = ctx.saved_tensors
+        hidden, weight, bias, tokens, suppress = ctx.saved_tensors
         scale, softcap, temperature, rows = ctx.settings
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head, high = LinearHead(weight, bias, scale, softcap), _high(hidden)
@@ -168,21 +164,17 @@ class _TokenNLL(torch.autograd.Function):
         cast = weight.to(high)
         for at, z in _chunks(hidden, head, rows):
             slope = None if softcap is None else 1 - (z / softcap) ** 2
-            if suppress is not None:
-                z.index_fill_(1, suppress, -torch.inf)
-            if temperature != 1.0:
-                z.div_(temperature)
-            p = z.sub_(lse[at, None]).exp_()
-            p.scatter_add_(1, tokens[at, None], p.new_full((len(p), 1), -1))
-            p.mul_((grad[at].to(high) * (scale / temperature))[:, None])
+            dz = torch.softmax(_at_temperature(z, suppress, temperature), dim=1, out=z)
+            dz.scatter_add_(1, tokens[at, None], dz.new_full((len(dz), 1), -1))
             if slope is not None:
-                p.mul_(slope)
+                dz.mul_(slope)
+            row_grad = (grad[at].to(high) * (scale / temperature))[:, None]
             if d_hidden is not None:
-                d_hidden[at] = p @ cast
+                d_hidden[at] = (dz @ cast).mul_(row_grad)
             if d_weight is not None:
-                d_weight.addmm_(p.T, hidden[at].to(high))
+                d_weight.addmm_(dz.T, hidden[at].to(high) * row_grad)
             if d_bias is not None:
-                d_bias += p.sum(0)
+                d_bias += dz.T @ row_grad[:, 0]
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         if d_bias is not None:
@@ -190,10 +182,14 @@ class _TokenNLL(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _logsumexp_(z: Tensor) -> Tensor:
-    """torch.logsumexp in place: on a CPU its temporary of the chunk's size costs more than its arithmetic."""
-    top = z.amax(dim=1, keepdim=True)
-    return z.sub_(top).exp_().sum(dim=1).log_().add_(top.squeeze(1))
+def _at_temperature(z: Tensor, suppress: Tensor | None, temperature: float) -> Tensor:
+    """z / temperature in place, the suppressed ids at -inf; its rows shifted, so that no temperature
+    overflows."""
+    if suppress is not None:
+        z.index_fill_(1, suppress, -torch.inf)
+    if temperature != 1.0:
+        z.sub_(z.amax(dim=1, keepdim=True)).div_(temperature)
+    return z
 
 
 @_without_autocast
@@ -294,7 +290,7 @@ def entropy(hidden: Tensor, head: LinearHead, rows: int | None = None) -> Tensor
     _check(head, hidden, rows=rows)
     result = hidden.new_empty(len(hidden), dtype=_high(hidden))
     for at, z in _chunks(hidden, head, rows):
-        log_p = z.sub_(torch.logsumexp(z, dim=1, keepdim=True))
+        log_p = torch.log_softmax(z, dim=1, out=z)
         result[at] = -(log_p.exp() * log_p).sum(1)
     return result
 
@@ -326,14 +322,11 @@ def sample(
         hidden.device
     )
     for at, z in _chunks(hidden, head, rows):
-        if suppress is not None:
-            z.index_fill_(1, suppress, -torch.inf)
+        z = _at_temperature(z, suppress, temperature or 1.0)
         if temperature == 0:
             tokens[at] = z.argmax(dim=1)
-            continue
-        top = z.amax(dim=1, keepdim=True)
-        p = z.sub_(top).div_(temperature).exp_()
-        tokens[at] = _invert(p, uniform[at])
+        else:
+            tokens[at] = _invert(torch.softmax(z, dim=1, out=z), uniform[at])
     return tokens
 
 
