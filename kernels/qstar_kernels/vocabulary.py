@@ -7,10 +7,15 @@ zero. Legend: M rows, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 WORKSPACE_BYTES = 64 << 20  # of one chunk of fp32 logits
 
@@ -76,8 +81,10 @@ def _chunks(hidden: Tensor, head: LinearHead, rows: int | None):
         yield at, _cap(_linear(hidden[at], head, weight, buffer[: at.stop - first]), head.softcap)
 
 
-def _check(head: LinearHead, *hidden: Tensor) -> None:
+def _check(head: LinearHead, *hidden: Tensor, rows: int | None = None) -> None:
     V, D = head.weight.shape
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows = {rows}: must be at least 1, or None for as many as fit the workspace")
     for x in hidden:
         if x.ndim != 2 or x.shape[1] != D:
             raise ValueError(f"hidden has shape {tuple(x.shape)}: must be [rows, {D}]")
@@ -94,13 +101,24 @@ def _check_ids(name: str, ids: Tensor, rows: int, V: int) -> None:
         raise ValueError(f"{name} = {int(ids[(ids < 0) | (ids >= V)][0])}: must be in [0, {V})")
 
 
-def _without_autocast(function):
-    def wrapped(hidden: Tensor, *args, **kwargs):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return function(hidden, *args, **kwargs)
+def _check_suppress(suppress: Tensor | None, V: int) -> None:
+    if suppress is None:
+        return
+    if suppress.ndim != 1 or suppress.dtype != torch.long or len(suppress) >= V:
+        raise ValueError(
+            f"suppress is {suppress.dtype} of shape {tuple(suppress.shape)}: must be int64 [S] with S < {V}"
+        )
+    _check_ids("suppress", suppress, len(suppress), V)
 
-    wrapped.__doc__, wrapped.__name__ = function.__doc__, function.__name__
-    return wrapped
+
+def _without_autocast(function: _F) -> _F:
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 @_without_autocast
@@ -186,7 +204,7 @@ def nll(hidden: Tensor, head: LinearHead, targets: Tensor, rows: int | None = No
     rows: rows of a chunk (default: as many as fit the workspace). Raises ValueError for a target outside [0,
     V).
     """
-    _check(head, hidden)
+    _check(head, hidden, rows=rows)
     _check_ids("targets", targets, len(hidden), len(head.weight))
     return _TokenNLL.apply(hidden, head.weight, head.bias, head, targets, 1.0, None, rows)
 
@@ -205,10 +223,11 @@ def log_prob(
 
     Raises ValueError for a token outside [0, V) or itself suppressed, and a temperature that is not positive.
     """
-    _check(head, hidden)
+    _check(head, hidden, rows=rows)
     _check_ids("tokens", tokens, len(hidden), len(head.weight))
     if temperature <= 0:
         raise ValueError(f"temperature = {temperature}: must be positive")
+    _check_suppress(suppress, len(head.weight))
     if suppress is not None and not tokens.is_cuda and bool(torch.isin(tokens, suppress).any()):
         raise ValueError(
             f"tokens = {int(tokens[torch.isin(tokens, suppress)][0])}: is one of the suppressed ids"
@@ -229,7 +248,16 @@ def mixed_nll(
 
     A head without soft-cap is linear: there it is the NLL of the mixed hidden state, in high precision.
     """
-    _check(head, base_hidden, thought_hidden)
+    _check(head, base_hidden, thought_hidden, rows=rows)
+    if thought_hidden.shape != base_hidden.shape:
+        raise ValueError(
+            f"thought_hidden has shape {tuple(thought_hidden.shape)}: must be that of base_hidden, "
+            f"{tuple(base_hidden.shape)}"
+        )
+    if mix_weight.shape != (len(base_hidden),):
+        raise ValueError(
+            f"mix_weight has shape {tuple(mix_weight.shape)}: must be {(len(base_hidden),)}, one a row"
+        )
     high = _high(base_hidden)
     w = mix_weight.to(high)[:, None]
     if head.softcap is None:
@@ -263,7 +291,7 @@ def _capped_mixed_nll(base: Tensor, thought: Tensor, w: Tensor, head: LinearHead
 @_without_autocast
 def entropy(hidden: Tensor, head: LinearHead, rows: int | None = None) -> Tensor:
     """Entropy of softmax(logits) in nats: hidden [M, D] -> [M], no gradient."""
-    _check(head, hidden)
+    _check(head, hidden, rows=rows)
     result = hidden.new_empty(len(hidden), dtype=_high(hidden))
     for at, z in _chunks(hidden, head, rows):
         log_p = z.sub_(torch.logsumexp(z, dim=1, keepdim=True))
@@ -288,7 +316,8 @@ def sample(
     drawn for all rows at once: exact, and the same for any chunk size. The Gumbel form of the same draw would
     need V random numbers a row, which on a CPU cost more than the logits.
     """
-    _check(head, hidden)
+    _check(head, hidden, rows=rows)
+    _check_suppress(suppress, len(head.weight))
     if temperature < 0:
         raise ValueError(f"temperature = {temperature}: must be at least 0")
     tokens = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
