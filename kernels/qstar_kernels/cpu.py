@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 1 << 20  # of one tile's scores
-TILE_QUERIES = 256  # of a tile, by key-value head: enough for a matrix product, few for the causal edge
+WORKSPACE_BYTES = 2 << 20  # of one tile's scores
+TILE_QUERIES = 512  # of a tile, by key-value head: enough for a matrix product, few for the causal edge
 
 
 def tile_sizes(B: int, N: int, H: int, W: int, C: int, itemsize: int) -> tuple[int, int]:
@@ -83,7 +83,8 @@ class _Problem:
         self.tile_rows, self.tile_blocks = tile_sizes(
             self.B, self.N, self.H, self.W, self.columns, self.dtype.itemsize
         )
-        self.rooms: dict[str, Tensor] = {}
+        self.memory: dict[str, Tensor] = {}
+        self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.edge: tuple[object, Tensor] = None, self.own_bias
 
     def tiles(self) -> Iterator[_Tile]:
@@ -101,32 +102,30 @@ class _Problem:
 
     def room(self, name: str, *shape: int) -> Tensor:
         """Uninitialised, the same memory for every tile: fresh memory costs more than writing to it."""
-        size = math.prod(shape)
-        if name not in self.rooms or self.rooms[name].numel() < size:
-            self.rooms[name] = torch.empty(size, dtype=self.dtype)
-        return self.rooms[name][:size].view(shape)
+        if (name, shape) not in self.rooms:
+            size = math.prod(shape)
+            if name not in self.memory or self.memory[name].numel() < size:
+                self.memory[name] = torch.empty(size, dtype=self.dtype)
+            self.rooms[name, shape] = self.memory[name][:size].view(shape)
+        return self.rooms[name, shape]
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """A view [B, N, L, H * g, D] -> [H, B, N, L, g, D]."""
+        return x.unflatten(3, (self.H, -1)).permute(3, 0, 1, 2, 4, 5)
 
     def gather(self, name: str, x: Tensor, tile: _Tile) -> Tensor:
-        """[B, N, L, H * g, D] -> the tile's [H, b, n, L, g, D], contiguous, in high precision."""
-        by_head = x[tile.rows, tile.blocks].unflatten(3, (self.H, -1)).permute(3, 0, 1, 2, 4, 5)
-        return self.room(name, *by_head.shape).copy_(by_head)
-
-    def scatter(self, x: Tensor, tile: _Tile, out: Tensor) -> None:
-        """`gather` the other way round, into out [B, N, L, H * g, D]."""
-        out[tile.rows, tile.blocks].unflatten(3, (self.H, -1)).copy_(x.permute(1, 2, 3, 0, 4, 5))
-
-    def own(self, x: Tensor, tile: _Tile) -> list[Tensor]:
-        """[B, N, Lk, H, D] -> for each head the tile's [b * n, Lk, D], a view wherever strides allow."""
-        return list(x[tile.rows, tile.blocks].to(self.dtype).flatten(0, 1).unbind(2))
+        """x `by_head` -> the tile's [H, b, n, L, g, D], contiguous, in high precision."""
+        part = x[:, tile.rows, tile.blocks]
+        return self.room(name, *part.shape).copy_(part)
 
     def prefix(self, x: Tensor, tile: _Tile) -> Tensor:
         """[H, B, T, D] -> the tile's keys [H * b, width, D], a view for one row or all."""
         return x[:, tile.rows, tile.keys].flatten(0, 1)
 
-    def scores(self, tile: _Tile, q: Tensor, k: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def scores(self, tile: _Tile, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         """Masked scores [H * b, n * W, C]; and the slope of the soft-cap alike, where there is one.
 
-        q [H, b, n, Lq, G, D] is scaled already; k as from `own`.
+        q [H, b, n, Lq, G, D] is scaled already; k [H, b, n, Lk, 1, D].
         """
         scores = self.products("scores", tile, q, k, self.k_prefix)
         slope = None
@@ -159,44 +158,40 @@ class _Problem:
             self.edge = pattern, torch.cat([prefix, own], dim=-1)[:, :, :, None]
         return self.edge[1], edge - tile.keys.start
 
-    def products(self, name: str, tile: _Tile, x: Tensor, own: list[Tensor], prefix: Tensor) -> Tensor:
+    def products(self, name: str, tile: _Tile, x: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
         """x [H, b, n, Lq, G, D] times the keys (or values) of prefix and own slots: [H * b, n * W, C]."""
         H, b, n = x.shape[:3]
-        C = tile.width + self.Lk + (self.sinks is not None)
-        result = self.room(name, H * b, n * self.W, C)
+        result = self.room(name, H * b, n * self.W, tile.width + self.Lk + (self.sinks is not None))
         if tile.width:
             keys = self.prefix(prefix, tile).transpose(1, 2)
             torch.bmm(x.view(H * b, n * self.W, self.D), keys, out=result[..., : tile.width])
         # a batched product wants contiguous memory to write to, or it becomes a loop over the batch
-        own_result = self.room("own", H, b * n, self.W, self.Lk)
-        for head, rows, keys in zip(own_result, x.view(H, b * n, self.W, self.D), own):
-            torch.bmm(rows, keys.transpose(1, 2), out=head)
-        self.own_columns(tile, result, n).copy_(own_result)
+        own_result = self.room("own", H * b * n, self.W, self.Lk)
+        keys = own.view(-1, self.Lk, self.D).transpose(1, 2)
+        self.own_columns(tile, result).copy_(torch.bmm(x.view(-1, self.W, self.D), keys, out=own_result))
         return result
 
-    def own_columns(self, tile: _Tile, scores: Tensor, n: int) -> Tensor:
-        """[H * b, n * W, C] -> the columns of the own slots, [H, b * n, W, Lk]."""
-        return scores.view(self.H, -1, self.W, scores.shape[-1])[..., tile.width : tile.width + self.Lk]
+    def own_columns(self, tile: _Tile, scores: Tensor) -> Tensor:
+        """[H * b, n * W, C] -> the columns of the own slots, [H * b * n, W, Lk]."""
+        return scores.view(-1, self.W, scores.shape[-1])[..., tile.width : tile.width + self.Lk]
 
-    def weighted(self, tile: _Tile, p: Tensor, own: list[Tensor], prefix: Tensor) -> Tensor:
+    def weighted(self, tile: _Tile, p: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
         """p [H * b, n * W, C] times the values (or keys) of prefix and own slots: [H, b, n, Lq, G, D]."""
-        b, n = tile.rows.stop - tile.rows.start, tile.blocks.stop - tile.blocks.start
-        result = self.room("weighted", self.H, b * n, self.W, self.D)
-        for head, own_p, values in zip(result, self.own_columns(tile, p, n), own):
-            torch.bmm(own_p, values, out=head)
+        H, b, n = own.shape[:3]
+        result = self.room("weighted", H * b * n, self.W, self.D)
+        torch.bmm(self.own_columns(tile, p), own.view(-1, self.Lk, self.D), out=result)
         if tile.width:
-            rows = result.view(self.H * b, n * self.W, self.D)
+            rows = result.view(H * b, n * self.W, self.D)
             rows.baddbmm_(p[..., : tile.width], self.prefix(prefix, tile))
-        return result.view(self.H, b, n, self.Lq, self.G, self.D)
+        return result.view(H, b, n, self.Lq, self.G, self.D)
 
     def accumulate(self, tile: _Tile, p: Tensor, x: Tensor, own: Tensor, prefix: Tensor) -> None:
-        """p [H * b, n * W, C] transposed times x [H, b, n, Lq, G, D], put into own [B, N, Lk, H, D] and added
-        to prefix [H, B, T, D]."""
+        """p [H * b, n * W, C] transposed times x [H, b, n, Lq, G, D], put into own (`by_head`) and added to
+        prefix [H, B, T, D]."""
         H, b, n = x.shape[:3]
-        own_p = self.own_columns(tile, p, n).flatten(0, 1).transpose(1, 2)
         result = self.room("accumulated", H * b * n, self.Lk, self.D)
-        torch.bmm(own_p, x.view(-1, self.W, self.D), out=result)
-        self.scatter(result.view(H, b, n, self.Lk, 1, self.D), tile, own)
+        torch.bmm(self.own_columns(tile, p).transpose(1, 2), x.view(-1, self.W, self.D), out=result)
+        own[:, tile.rows, tile.blocks] = result.view(H, b, n, self.Lk, 1, self.D)
         if tile.width:
             by_key = p[..., : tile.width].transpose(1, 2)
             rows = x.view(H * b, n * self.W, self.D)
@@ -217,16 +212,17 @@ class _ThoughtAttention(torch.autograd.Function):
         problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)
+        q, k, v, out_by_head, lse_by_head = map(problem.by_head, (q, k, v, out, lse))
         for tile in problem.tiles():
             tile_q = problem.gather("q", q, tile).mul_(options.scale)
-            scores, _ = problem.scores(tile, tile_q, problem.own(k, tile))
+            scores, _ = problem.scores(tile, tile_q, problem.gather("own k", k, tile))
             top = scores.amax(dim=-1)
             p = torch.softmax(scores, dim=-1, out=scores)
             # the largest probability is exp(top - lse)
-            tile_lse = top.sub_(p.amax(dim=-1).log_())
-            tile_out = problem.weighted(tile, p, problem.own(v, tile), problem.v_prefix)
-            problem.scatter(tile_out, tile, out)
-            problem.scatter(tile_lse.view(*tile_q.shape[:-1], 1), tile, lse)
+            tile_lse = top.sub_(p.amax(dim=-1).log_()).view(*tile_q.shape[:-1], 1)
+            lse_by_head[:, tile.rows, tile.blocks] = tile_lse
+            tile_out = problem.weighted(tile, p, problem.gather("own v", v, tile), problem.v_prefix)
+            out_by_head[:, tile.rows, tile.blocks] = tile_out
         return out, lse.squeeze(-1)
 
     @staticmethod
@@ -236,13 +232,15 @@ class _ThoughtAttention(torch.autograd.Function):
         problem = _Problem(*ctx.saved_tensors, ctx.options)
         if d_out is None:
             d_out = torch.zeros((), dtype=q.dtype).expand(q.shape)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        d_lse = None if d_lse is None else problem.by_head(d_lse[..., None])
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        q, k, v, d_out, dq, dk, dv = map(problem.by_head, (q, k, v, d_out, *gradients))
         dk_prefix, dv_prefix = (torch.zeros_like(x) for x in (problem.k_prefix, problem.v_prefix))
         d_sinks = None if problem.sinks is None else torch.zeros(problem.H, problem.G, dtype=problem.dtype)
         for tile in problem.tiles():
             tile_q = problem.gather("q", q, tile).mul_(ctx.options.scale)
             tile_d_out = problem.gather("d_out", d_out, tile)
-            tile_k, tile_v = problem.own(k, tile), problem.own(v, tile)
+            tile_k, tile_v = problem.gather("own k", k, tile), problem.gather("own v", v, tile)
             scores, slope = problem.scores(tile, tile_q, tile_k)
             p = torch.softmax(scores, dim=-1, out=scores)
             problem.accumulate(tile, p, tile_d_out, dv, dv_prefix)
@@ -252,18 +250,18 @@ class _ThoughtAttention(torch.autograd.Function):
             ds = dp.mul_(p)
             delta = ds.sum(dim=-1, keepdim=True)
             if d_lse is not None:
-                delta -= problem.gather("d_lse", d_lse[..., None], tile).view(delta.shape)
+                delta -= problem.gather("d_lse", d_lse, tile).view(delta.shape)
             ds.addcmul_(p, delta, value=-1)
             if d_sinks is not None:
                 d_sinks += ds[..., -1].reshape(*tile_q.shape[:-1]).sum((1, 2, 3))
             if slope is not None:
                 ds.mul_(slope)
             tile_dq = problem.weighted(tile, ds, tile_k, problem.k_prefix)
-            problem.scatter(tile_dq.mul_(ctx.options.scale), tile, dq)
+            dq[:, tile.rows, tile.blocks] = tile_dq.mul_(ctx.options.scale)
             problem.accumulate(tile, ds, tile_q, dk, dk_prefix)
-        dk_prefix, dv_prefix = (x.permute(1, 2, 0, 3).to(q.dtype) for x in (dk_prefix, dv_prefix))
+        gradients += [x.permute(1, 2, 0, 3).to(q.dtype) for x in (dk_prefix, dv_prefix)]
         d_sinks = None if d_sinks is None else d_sinks.flatten().to(q.dtype)
-        return dq, dk, dv, dk_prefix, dv_prefix, d_sinks, None, None, None
+        return *gradients, d_sinks, None, None, None
 
 
 def cpu(
