@@ -1,30 +1,34 @@
 """Thought attention on a CPU: tiles of neighbouring blocks share their prefix keys, so the products are
 large.
 
-No dense mask: memory is O(T + N * L) beside a workspace of bounded size. The backward recomputes each tile's
-probabilities from the saved global log-sum-exp, P = exp(s - lse), and uses the global delta = rowsum(dO * O)
-- dlse: then prefix and own part are back-propagated each alone, exactly. Legend: B rows, N blocks, Lq
-queries, Lk own keys, T prefix keys, H key-value heads, G query heads of each, D width; W = Lq * G rows of a
-block that see the same prefix keys.
+No dense mask: memory is O(T + N * L) beside a workspace of bounded size, about what stays in the caches. A
+tile's scores are [prefix keys | own slots | sink], so one softmax covers all three, and the backward that
+makes it again has the global probabilities P and the global delta = rowsum(P * dP) - dlse: prefix and own
+part are then back-propagated each alone, exactly. Legend: B rows, N blocks, Lq queries, Lk own keys, T prefix
+keys, H key-value heads, G query heads of each, D width; W = Lq * G queries of a block see the same prefix
+keys; b, n: rows and blocks of a tile, C columns of its scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 8 << 20  # of one tile's scores: about what stays in the caches
-TILE_ROWS = 1024
+WORKSPACE_BYTES = 2 << 20  # of one tile's scores
+TILE_QUERIES = 512  # of a tile, by key-value head: enough for a matrix product, few for the causal edge
 
 
-def tile_blocks(B: int, H: int, W: int, T: int, Lk: int, itemsize: int) -> int:
-    """Blocks of a tile: enough rows for a good matrix product, scores within the workspace, at least one
-    block."""
-    by_memory = WORKSPACE_BYTES // max(1, B * H * W * (T + Lk) * itemsize)
-    return max(1, min(by_memory, TILE_ROWS // W))
+def tile_sizes(B: int, N: int, H: int, W: int, C: int, itemsize: int) -> tuple[int, int]:
+    """(rows, blocks) of a tile with C columns: blocks as the queries and the workspace allow, at least one;
+    several rows only when each fits whole."""
+    fit = WORKSPACE_BYTES // max(1, H * W * C * itemsize)
+    blocks = max(1, min(N, fit, -(-TILE_QUERIES // W)))
+    rows = max(1, min(B, fit // blocks, -(-TILE_QUERIES // (W * blocks)))) if blocks == N else 1
+    return rows, blocks
 
 
 @dataclass(frozen=True)
@@ -35,200 +39,229 @@ class _Options:
     own: str
 
 
-class _Problem:
-    """The operands by key-value head, in the dtype that is computed in: q [B, H, N, W, D], prefix [B, H, T,
-    D], own k, v [B, H, N, Lk, D]. Queries are scaled already."""
+@dataclass(frozen=True)
+class _Tile:
+    """rows and blocks of the operands, and the prefix keys that any of these blocks sees."""
 
-    def __init__(self, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, options: _Options):
-        self.shape = q.shape
-        B, N, self.Lq, Hq, _ = q.shape
-        H = k.shape[3]
-        self.G, self.Lk, self.options = Hq // H, k.shape[2], options
-        high = torch.promote_types(q.dtype, torch.float32)
-        self.q = self.by_head(q, high).mul_(options.scale)
-        self.k, self.v = (x.to(high).permute(0, 3, 1, 2, 4).contiguous() for x in (k, v))
-        self.k_prefix, self.v_prefix = (x.to(high).transpose(1, 2).contiguous() for x in (k_prefix, v_prefix))
-        slot = torch.arange(self.Lk - self.Lq, self.Lk)
-        upper = prefix_end.long()[..., None].expand(B, N, self.Lq)
-        lower = prefix_start.long()[..., None].expand(B, N, self.Lq)
-        if options.window is not None:
-            lower = torch.maximum(lower, upper + slot - options.window + 1)
-        self.lower, self.upper = lower, upper
-        # a block's window may have moved past its prefix: then it has no prefix key, and lower > upper is
-        # harmless
-        key = torch.arange(self.Lk)
-        hidden = (
-            key > slot[:, None]
-            if options.own == "causal"
-            else torch.zeros(self.Lq, self.Lk, dtype=torch.bool)
+    rows: slice
+    blocks: slice
+    keys: slice
+
+    @property
+    def width(self) -> int:
+        return self.keys.stop - self.keys.start
+
+
+class _Problem:
+    """The operands in the dtype that is computed in; all but the prefix are gathered tile by tile."""
+
+    def __init__(self, q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options: _Options):
+        self.q, self.k, self.v, self.options = q, k, v, options
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.B, self.N, self.Lq, Hq, self.D = q.shape
+        self.T, self.Lk, self.H = k_prefix.shape[1], k.shape[2], k.shape[3]
+        self.G = Hq // self.H
+        self.W = self.Lq * self.G
+        # [H, B, T, D]
+        self.k_prefix, self.v_prefix = (
+            x.to(self.dtype).permute(2, 0, 1, 3).contiguous() for x in (k_prefix, v_prefix)
         )
+        self.sinks = None if sinks is None else sinks.to(self.dtype).view(self.H, 1, 1, 1, self.G)
+        slot = torch.arange(self.Lk - self.Lq, self.Lk)
+        # the prefix keys of a query are [lower, upper): [B, N, Lq or 1]
+        self.lower, self.upper = prefix_start.long()[..., None], prefix_end.long()[..., None]
+        if options.window is not None:
+            # a window that has moved past the prefix leaves lower > upper: no prefix key, as it should be
+            self.lower = torch.maximum(self.lower, self.upper + slot - options.window + 1)
+        key = torch.arange(self.Lk)
+        hidden = (key > slot[:, None]) & (options.own == "causal")
         if options.window is not None:
             hidden = hidden | (slot[:, None] - key >= options.window)
-        self.own_hidden = hidden.repeat_interleave(self.G, dim=0) if bool(hidden.any()) else None  # [W, Lk]
+        self.own_bias = _bias(hidden, self.dtype)  # [Lq, Lk]
+        self.low, self.high = self.lower.tolist(), self.upper.squeeze(-1).tolist()
+        self.columns = self.T + self.Lk + (self.sinks is not None)
+        self.tile_rows, self.tile_blocks = tile_sizes(
+            self.B, self.N, self.H, self.W, self.columns, self.dtype.itemsize
+        )
+        self.memory: dict[str, Tensor] = {}
+        self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.edge: tuple[object, Tensor] = None, self.own_bias
 
-    def by_head(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, N, Lq, Hq, D] -> [B, H, N, Lq * G, D], a new tensor."""
-        B, N, Lq, Hq, D = x.shape
-        grouped = x.unflatten(3, (Hq // self.G, self.G)).permute(0, 3, 1, 2, 4, 5)
-        out = torch.empty(B, Hq // self.G, N, Lq, self.G, D, dtype=dtype)
-        return out.copy_(grouped).flatten(3, 4)
+    def tiles(self) -> Iterator[_Tile]:
+        if not self.q.numel():
+            return
+        for i in range(0, self.B, self.tile_rows):
+            for j in range(0, self.N, self.tile_blocks):
+                rows, blocks = (
+                    slice(i, min(i + self.tile_rows, self.B)),
+                    slice(j, min(j + self.tile_blocks, self.N)),
+                )
+                first = min(min(map(min, row[blocks])) for row in self.low[rows])
+                last = max(max(row[blocks]) for row in self.high[rows])
+                yield _Tile(rows, blocks, slice(min(first, last), last))
 
-    def by_query(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, H, N, Lq * G, D] -> [B, N, Lq, Hq, D]."""
-        return x.unflatten(3, (self.Lq, self.G)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).to(dtype)
+    def room(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised, the same memory for every tile: fresh memory costs more than writing to it."""
+        if (name, shape) not in self.rooms:
+            size = math.prod(shape)
+            if name not in self.memory or self.memory[name].numel() < size:
+                self.memory[name] = torch.empty(size, dtype=self.dtype)
+            self.rooms[name, shape] = self.memory[name][:size].view(shape)
+        return self.rooms[name, shape]
 
-    def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(blocks, prefix keys, scores [B, H, n * W, keys + Lk]) of each tile, masked, the prefix keys
-        first."""
-        B, H, N, W, D = self.q.shape
-        T, Lk = self.k_prefix.shape[2], self.Lk
-        size = tile_blocks(B, H, W, T, Lk, self.q.element_size())
-        buffer = self.q.new_empty(B * H * min(size, N) * W * (T + Lk))
-        for first in range(0, N, size):
-            blocks = slice(first, min(first + size, N))
-            n = blocks.stop - first
-            lower, upper = self.lower[:, blocks], self.upper[:, blocks]
-            low, high = int(lower.min()), int(upper.max())
-            keys = slice(min(low, high), high)
-            width = high - keys.start
-            scores = buffer[: B * H * n * W * (width + Lk)].view(B * H, n * W, width + Lk)
-            q = self.q[:, :, blocks].reshape(B * H, n * W, D).contiguous()
-            if width:
-                k = self.k_prefix[:, :, keys].reshape(B * H, width, D)
-                torch.bmm(q, k.transpose(1, 2), out=scores[..., :width])
-            own = scores.view(B * H * n, W, width + Lk)[..., width:]
-            k = self.k[:, :, blocks].reshape(B * H * n, Lk, D)
-            torch.bmm(q.view(B * H * n, W, D), k.transpose(1, 2), out=own)
-            if self.options.softcap is not None:
-                scores.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
-            if self.own_hidden is not None:
-                own.masked_fill_(self.own_hidden, -torch.inf)
-            self._mask(scores.view(B, H, n, self.Lq, self.G, width + Lk), keys, lower, upper)
-            yield blocks, keys, scores
+    def by_head(self, x: Tensor) -> Tensor:
+        """A view [B, N, L, H * g, D] -> [H, B, N, L, g, D]."""
+        return x.unflatten(3, (self.H, -1)).permute(3, 0, 1, 2, 4, 5)
 
-    @staticmethod
-    def _mask(scores: Tensor, keys: slice, lower: Tensor, upper: Tensor) -> None:
-        """Hide prefix keys outside [lower, upper), only in the columns where the tile's blocks differ."""
-        for first, last, beyond in (
-            (keys.start, min(int(lower.max()), keys.stop), lambda key: key < lower[..., None]),
-            (max(int(upper.min()), keys.start), keys.stop, lambda key: key >= upper[..., None]),
-        ):
-            if first < last:
-                hidden = beyond(torch.arange(first, last))  # [B, n, Lq, columns]
-                columns = scores[..., first - keys.start : last - keys.start]
-                columns.masked_fill_(hidden[:, None, :, :, None], -torch.inf)
+    def gather(self, name: str, x: Tensor, tile: _Tile) -> Tensor:
+        """x `by_head` -> the tile's [H, b, n, L, g, D], contiguous, in high precision."""
+        part = x[:, tile.rows, tile.blocks]
+        return self.room(name, *part.shape).copy_(part)
+
+    def prefix(self, x: Tensor, tile: _Tile) -> Tensor:
+        """[H, B, T, D] -> the tile's keys [H * b, width, D], a view for one row or all."""
+        return x[:, tile.rows, tile.keys].flatten(0, 1)
+
+    def scores(self, tile: _Tile, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Masked scores [H * b, n * W, C]; and the slope of the soft-cap alike, where there is one.
+
+        q [H, b, n, Lq, G, D] is scaled already; k [H, b, n, Lk, 1, D].
+        """
+        scores = self.products("scores", tile, q, k, self.k_prefix)
+        slope = None
+        if self.options.softcap is not None:
+            scores.div_(self.options.softcap).tanh_()
+            slope = 1 - scores * scores
+            scores.mul_(self.options.softcap)
+        by_block = scores.view(*q.shape[:-1], -1)
+        if self.sinks is not None:
+            by_block[..., -1] = self.sinks
+        bias, first = self._edge_bias(tile)
+        by_block[..., first : first + bias.shape[-1]].add_(bias)
+        highest = max(max(map(max, row[tile.blocks])) for row in self.low[tile.rows])
+        if highest > tile.keys.start:
+            key = torch.arange(tile.keys.start, min(highest, tile.keys.stop))
+            bias = _bias(key < self.lower[tile.rows, tile.blocks][..., None], self.dtype)
+            by_block[..., : len(key)].add_(bias[:, :, :, None])
+        return scores, slope
+
+    def _edge_bias(self, tile: _Tile) -> tuple[Tensor, int]:
+        """What hides the last prefix keys and the own slots, [b, n, Lq, 1, columns]; and its first column."""
+        ends = [row[tile.blocks] for row in self.high[tile.rows]]
+        edge = min(max(min(map(min, ends)), tile.keys.start), tile.keys.stop)
+        pattern = [[end - edge for end in row] for row in ends], tile.keys.stop - edge
+        if self.edge[0] != pattern:  # of regular positions, all tiles have one
+            key = torch.arange(edge, tile.keys.stop)
+            upper = self.upper[tile.rows, tile.blocks]
+            prefix = _bias(key >= upper[..., None], self.dtype).expand(-1, -1, self.Lq, -1)
+            own = self.own_bias.expand(*upper.shape[:2], -1, -1)
+            self.edge = pattern, torch.cat([prefix, own], dim=-1)[:, :, :, None]
+        return self.edge[1], edge - tile.keys.start
+
+    def products(self, name: str, tile: _Tile, x: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
+        """x [H, b, n, Lq, G, D] times the keys (or values) of prefix and own slots: [H * b, n * W, C]."""
+        H, b, n = x.shape[:3]
+        result = self.room(name, H * b, n * self.W, tile.width + self.Lk + (self.sinks is not None))
+        if tile.width:
+            keys = self.prefix(prefix, tile).transpose(1, 2)
+            torch.bmm(x.view(H * b, n * self.W, self.D), keys, out=result[..., : tile.width])
+        # a batched product wants contiguous memory to write to, or it becomes a loop over the batch
+        own_result = self.room("own", H * b * n, self.W, self.Lk)
+        keys = own.view(-1, self.Lk, self.D).transpose(1, 2)
+        self.own_columns(tile, result).copy_(torch.bmm(x.view(-1, self.W, self.D), keys, out=own_result))
+        return result
+
+    def own_columns(self, tile: _Tile, scores: Tensor) -> Tensor:
+        """[H * b, n * W, C] -> the columns of the own slots, [H * b * n, W, Lk]."""
+        return scores.view(-1, self.W, scores.shape[-1])[..., tile.width : tile.width + self.Lk]
+
+    def weighted(self, tile: _Tile, p: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
+        """p [H * b, n * W, C] times the values (or keys) of prefix and own slots: [H, b, n, Lq, G, D]."""
+        H, b, n = own.shape[:3]
+        result = self.room("weighted", H * b * n, self.W, self.D)
+        torch.bmm(self.own_columns(tile, p), own.view(-1, self.Lk, self.D), out=result)
+        if tile.width:
+            rows = result.view(H * b, n * self.W, self.D)
+            rows.baddbmm_(p[..., : tile.width], self.prefix(prefix, tile))
+        return result.view(H, b, n, self.Lq, self.G, self.D)
+
+    def accumulate(self, tile: _Tile, p: Tensor, x: Tensor, own: Tensor, prefix: Tensor) -> None:
+        """p [H * b, n * W, C] transposed times x [H, b, n, Lq, G, D], put into own (`by_head`) and added to
+        prefix [H, B, T, D]."""
+        H, b, n = x.shape[:3]
+        result = self.room("accumulated", H * b * n, self.Lk, self.D)
+        torch.bmm(self.own_columns(tile, p).transpose(1, 2), x.view(-1, self.W, self.D), out=result)
+        own[:, tile.rows, tile.blocks] = result.view(H, b, n, self.Lk, 1, self.D)
+        if tile.width:
+            by_key = p[..., : tile.width].transpose(1, 2)
+            rows = x.view(H * b, n * self.W, self.D)
+            for i, row in enumerate(range(tile.rows.start, tile.rows.stop)):
+                prefix[:, row, tile.keys].baddbmm_(by_key[i::b], rows[i::b])
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options):
-        problem = _Problem(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, options)
-        B, H, N, W, D = problem.q.shape
-        out = torch.empty_like(problem.q)
-        lse = problem.q.new_empty(B, H, N, W)
-        sink = None if sinks is None else _sink_rows(sinks, problem, N)
-        for blocks, keys, scores in problem.tiles():
-            width = keys.stop - keys.start
-            top = scores.amax(dim=-1, keepdim=True)
-            total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
-            row_lse = (total.log() + top).view(B, H, -1, W)
-            row_out = _values(problem, blocks, keys, scores, width).div_(total).view(B, H, -1, W, D)
-            if sink is not None:
-                with_sink = torch.logaddexp(row_lse, sink[:, :, blocks])
-                row_out.mul_((row_lse - with_sink).exp_()[..., None])
-                row_lse = with_sink
-            out[:, :, blocks], lse[:, :, blocks] = row_out, row_lse
-        result = problem.by_query(out, q.dtype)
-        result_lse = problem.by_query(lse[..., None], lse.dtype).squeeze(-1)
-        ctx.save_for_backward(
-            q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, result, result_lse
-        )
+        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return result, result_lse
+        problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)
+        q, k, v, out_by_head, lse_by_head = map(problem.by_head, (q, k, v, out, lse))
+        for tile in problem.tiles():
+            tile_q = problem.gather("q", q, tile).mul_(options.scale)
+            scores, _ = problem.scores(tile, tile_q, problem.gather("own k", k, tile))
+            top = scores.amax(dim=-1)
+            p = torch.softmax(scores, dim=-1, out=scores)
+            # the largest probability is exp(top - lse)
+            tile_lse = top.sub_(p.amax(dim=-1).log_()).view(*tile_q.shape[:-1], 1)
+            lse_by_head[:, tile.rows, tile.blocks] = tile_lse
+            tile_out = problem.weighted(tile, p, problem.gather("own v", v, tile), problem.v_prefix)
+            out_by_head[:, tile.rows, tile.blocks] = tile_out
+        return out, lse.squeeze(-1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_result, d_lse):
-        q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, result, lse = ctx.saved_tensors
-        problem = _Problem(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, ctx.options)
-        high = problem.q.dtype
-        if d_result is None:
-            d_result = torch.zeros_like(result)
-        delta = (d_result.to(high) * result.to(high)).sum(-1)
-        if d_lse is not None:
-            delta = delta - d_lse
-        B, H, _, W, D = problem.q.shape
-        d_out = problem.by_head(d_result, high)
-        row_lse, row_delta = (problem.by_head(x[..., None], high).squeeze(-1) for x in (lse, delta))
-        dq, dk, dv = (torch.empty_like(x) for x in (problem.q, problem.k, problem.v))
+    def backward(ctx, d_out, d_lse):
+        q, k, v, *_ = ctx.saved_tensors
+        problem = _Problem(*ctx.saved_tensors, ctx.options)
+        if d_out is None:
+            d_out = torch.zeros((), dtype=q.dtype).expand(q.shape)
+        d_lse = None if d_lse is None else problem.by_head(d_lse[..., None])
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        q, k, v, d_out, dq, dk, dv = map(problem.by_head, (q, k, v, d_out, *gradients))
         dk_prefix, dv_prefix = (torch.zeros_like(x) for x in (problem.k_prefix, problem.v_prefix))
-        softcap = ctx.options.softcap
-        for blocks, keys, scores in problem.tiles():
-            n, width = blocks.stop - blocks.start, keys.stop - keys.start
-
-            def rows(x, blocks=blocks):
-                return x[:, :, blocks].reshape(B * H, -1, x.shape[-1]).contiguous()
-
-            tile_q, tile_d_out = rows(problem.q), rows(d_out)
-            slope = None if softcap is None else 1 - (scores / softcap).clamp(-1, 1) ** 2
-            p = scores.sub_(row_lse[:, :, blocks].reshape(B * H, n * W, 1)).exp_()
-            own_p = p.view(B * H * n, W, -1)[..., width:]
-            own_d_out, own_q = tile_d_out.view(B * H * n, W, D), tile_q.view(B * H * n, W, D)
-            dv[:, :, blocks] = torch.bmm(own_p.transpose(1, 2), own_d_out).view(B, H, n, -1, D)
-            dp = torch.empty_like(p)
-            own_dp = dp.view(B * H * n, W, -1)[..., width:]
-            own_v, own_k = (rows(x).view(B * H * n, -1, D) for x in (problem.v, problem.k))
-            torch.bmm(own_d_out, own_v.transpose(1, 2), out=own_dp)
-            if width:
-                k_keys, v_keys = (
-                    x[:, :, keys].reshape(B * H, width, D) for x in (problem.k_prefix, problem.v_prefix)
-                )
-                dv_prefix[:, :, keys] += torch.bmm(p[..., :width].transpose(1, 2), tile_d_out).view(
-                    B, H, width, D
-                )
-                torch.bmm(tile_d_out, v_keys.transpose(1, 2), out=dp[..., :width])
-            ds = dp.sub_(row_delta[:, :, blocks].reshape(B * H, n * W, 1)).mul_(p)
+        d_sinks = None if problem.sinks is None else torch.zeros(problem.H, problem.G, dtype=problem.dtype)
+        for tile in problem.tiles():
+            tile_q = problem.gather("q", q, tile).mul_(ctx.options.scale)
+            tile_d_out = problem.gather("d_out", d_out, tile)
+            tile_k, tile_v = problem.gather("own k", k, tile), problem.gather("own v", v, tile)
+            scores, slope = problem.scores(tile, tile_q, tile_k)
+            p = torch.softmax(scores, dim=-1, out=scores)
+            problem.accumulate(tile, p, tile_d_out, dv, dv_prefix)
+            dp = problem.products("dp", tile, tile_d_out, tile_v, problem.v_prefix)
+            if d_sinks is not None:
+                dp[..., -1] = 0  # a sink has no value
+            ds = dp.mul_(p)
+            delta = ds.sum(dim=-1, keepdim=True)
+            if d_lse is not None:
+                delta -= problem.gather("d_lse", d_lse, tile).view(delta.shape)
+            ds.addcmul_(p, delta, value=-1)
+            if d_sinks is not None:
+                d_sinks += ds[..., -1].reshape(*tile_q.shape[:-1]).sum((1, 2, 3))
             if slope is not None:
                 ds.mul_(slope)
-            own_ds = ds.view(B * H * n, W, -1)[..., width:]
-            tile_dq = torch.bmm(own_ds, own_k).view(B * H, n * W, D)
-            dk[:, :, blocks] = torch.bmm(own_ds.transpose(1, 2), own_q).view(B, H, n, -1, D)
-            if width:
-                tile_dq.baddbmm_(ds[..., :width], k_keys)
-                dk_prefix[:, :, keys] += torch.bmm(ds[..., :width].transpose(1, 2), tile_q).view(
-                    B, H, width, D
-                )
-            dq[:, :, blocks] = tile_dq.view(B, H, n, W, D)
-        d_sinks = None
-        if sinks is not None:
-            d_sinks = -((sinks.to(high) - lse).exp() * delta).sum((0, 1, 2)).to(sinks.dtype)
-        return (
-            problem.by_query(dq.mul_(ctx.options.scale), q.dtype),
-            *(x.permute(0, 2, 3, 1, 4).to(like.dtype) for x, like in ((dk, k), (dv, v))),
-            *(x.transpose(1, 2).to(like.dtype) for x, like in ((dk_prefix, k_prefix), (dv_prefix, v_prefix))),
-            d_sinks,
-            None,
-            None,
-            None,
-        )
-
-
-def _sink_rows(sinks: Tensor, problem: _Problem, N: int) -> Tensor:
-    """sinks [Hq] -> [1, H, N, W], one for each row of a block."""
-    by_head = sinks.to(problem.q.dtype).view(1, -1, 1, 1, problem.G)
-    return by_head.expand(-1, -1, N, problem.Lq, -1).flatten(3, 4)
-
-
-def _values(problem: _Problem, blocks: slice, keys: slice, p: Tensor, width: int) -> Tensor:
-    """p [B * H, n * W, width + Lk] times the prefix and own values -> [B * H, n * W, D]."""
-    B, H, _, W, D = problem.q.shape
-    n = blocks.stop - blocks.start
-    own_v = problem.v[:, :, blocks].reshape(B * H * n, -1, D)
-    out = torch.bmm(p.view(B * H * n, W, -1)[..., width:], own_v).view(B * H, n * W, D)
-    if width:
-        out.baddbmm_(p[..., :width], problem.v_prefix[:, :, keys].reshape(B * H, width, D))
-    return out
+            tile_dq = problem.weighted(tile, ds, tile_k, problem.k_prefix)
+            dq[:, tile.rows, tile.blocks] = tile_dq.mul_(ctx.options.scale)
+            problem.accumulate(tile, ds, tile_q, dk, dk_prefix)
+        gradients += [x.permute(1, 2, 0, 3).to(q.dtype) for x in (dk_prefix, dv_prefix)]
+        d_sinks = None if d_sinks is None else d_sinks.flatten().to(q.dtype)
+        return *gradients, d_sinks, None, None, None
 
 
 def cpu(
@@ -246,15 +279,6 @@ def cpu(
     own: str,
 ) -> tuple[Tensor, Tensor]:
     """See `thought_attention`; computes in fp32 (fp64 for fp64) whatever the dtype of its inputs."""
+    options = _Options(scale, softcap, window, own)
     with torch.autocast("cpu", enabled=False):
-        return _ThoughtAttention.apply(
-            q,
-            k,
-            v,
-            k_prefix,
-            v_prefix,
-            sinks,
-            prefix_end,
-            prefix_start,
-            _Options(scale, softcap, window, own),
-        )
+        return _ThoughtAttention.apply(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)

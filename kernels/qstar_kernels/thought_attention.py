@@ -106,14 +106,10 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
     require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
     require(window is None or window > 0, "window", window, "positive or None")
     require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
-    if q.device.type == "cpu" and N:
-        require(
-            bool((prefix_end <= T).all()), "prefix_end", int(prefix_end.max()), f"at most {T} prefix keys"
-        )
-        require(bool((prefix_start >= 0).all()), "prefix_start", int(prefix_start.min()), "at least 0")
-        require(
-            bool((prefix_start <= prefix_end).all()),
-            "prefix_start",
-            "beyond prefix_end",
-            "at most prefix_end",
-        )
+    if q.device.type == "cpu" and prefix_end.numel():
+        start, end = prefix_start.flatten(), prefix_end.flatten()
+        require(int(end.max()) <= T, "prefix_end", int(end.max()), f"at most {T} prefix keys")
+        require(int(start.min()) >= 0, "prefix_start", int(start.min()), "at least 0")
+        worst = int((end - start).argmin())
+        allowed = f"at least prefix_start = {int(start[worst])}"
+        require(bool(end[worst] >= start[worst]), "prefix_end", int(end[worst]), allowed)
