@@ -82,8 +82,8 @@ def thought_attention(
         q: [B, N, Lq, Hq, D]; k, v: [B, N, Lk, Hkv, D], Lq <= Lk, Hq a multiple of Hkv (grouped queries).
         k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
         prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
-            block has start = end. Out-of-range values raise on a CPU; on a GPU they are not looked at, which
-            would wait for it.
+            block has start = end. Out-of-range values raise on a CPU; on a GPU, which would have to be
+            waited for, and under torch.compile they are not looked at.
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
@@ -137,7 +137,7 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
     require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
     require(window is None or window > 0, "window", window, "positive or None")
     require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
-    if q.device.type == "cpu" and N:
+    if q.device.type == "cpu" and N and not torch.compiler.is_compiling():
         require(
             bool((prefix_end <= T).all()), "prefix_end", int(prefix_end.max()), f"at most {T} prefix keys"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qstar_kernels.triton_backward import delta_launch, rows_launch
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
+from qstar_kernels.triton_decode import decode_launches
 from qstar_kernels.triton_forward import forward_launch, thought_forward
 from qstar_kernels.triton_rows import interpreted
 from qstar_kernels.triton_tiles import HEAD_WIDTHS
@@ -40,7 +41,11 @@ def _forward_op(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=_high(q.dtype), device=q.device)
     operands = (q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks)
-    forward_launch(*operands, own, out, lse).run()
+    if q.shape[2] == 1:
+        for launch in decode_launches(*operands, out, lse):
+            launch.run()
+    else:
+        forward_launch(*operands, own, out, lse).run()
     return out, lse
 
 
@@ -114,9 +119,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
-    *gradients, d_sinks = _backward_op(d_out, d_lse, *ctx.saved_tensors, *ctx.options)
-    has_sinks = ctx.saved_tensors[-1] is not None
-    return (*gradients, None, None, d_sinks if has_sinks else None, None, None, None, None)
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    *gradients, d_sinks = _backward_op(d_out, d_lse, *saved, *ctx.options)
+    return (*gradients, None, None, None if saved[-1] is None else d_sinks, None, None, None, None)
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save)

@@ -165,7 +165,11 @@ def outputs_and_gradients(case: Case, inputs: list[Tensor], options: dict, impl:
 
 
 def run_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """{tensor: {"error": of the kernels, "dense": of the dense mask in the same dtype}}, against fp64."""
+    """{tensor: {"error": of the kernels, "dense": of the dense mask in the same dtype}}, against fp64.
+
+    The dense error counts as at least the rounding of the largest result: of the few numbers of dsinks it can
+    be less by luck.
+    """
     inputs, options = case.operands(dtype, device)
     sinks = options["sinks"]
     exact = {**options, "sinks": None if sinks is None else sinks.double()}
@@ -178,7 +182,14 @@ def run_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, d
         difference = (results[name].double() - truth[name]).abs()
         return difference.max().item() if difference.numel() else 0.0
 
-    return {name: {"error": error(found, name), "dense": error(dense, name)} for name in truth}
+    def rounding(name: str) -> float:
+        largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
+        return largest * torch.finfo(found[name].dtype).eps / 2
+
+    return {
+        name: {"error": error(found, name), "dense": max(error(dense, name), rounding(name))}
+        for name in truth
+    }
 
 
 def allowed(name: str, dense: float, dtype: torch.dtype) -> float:
