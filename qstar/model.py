@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from qstar_kernels.vocabulary import LinearHead, entropy, log_prob, mixed_nll, nll
+from qstar_kernels.vocabulary import LinearHead, entropy, weighted_mixed_nll, weighted_nll
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -313,7 +313,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         text_hidden, text = self.read_text(input_ids, rows)
 
         next_label = torch.where(predicts, labels.roll(-1, dims=1), 0)
-        flat = nll(text_hidden[predicts], head, next_label[predicts])
+        base_weights = torch.full((int(predicts.sum()),), 1 / int(predicts.sum()), device=text_hidden.device)
+        base_loss, flat = weighted_nll(text_hidden[predicts], head, next_label[predicts], base_weights)
         base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
         unsure = None
         if config.thinking_positions == "uncertain":
@@ -328,12 +329,13 @@ class QuietStarForCausalLM(PreTrainedModel):
         valid = layout.target_valid[:, :, None]  # [B, P, 1, m]
         every = valid.expand(B, P, R, m)
         target = next_label.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m).expand(B, P, R, m)
-        mixed = mixed_nll(
+        mixed_loss, mixed = weighted_mixed_nll(
             thought.base_hidden.expand(B, P, R, m, -1)[every],
             thought.talk_hidden[every],
             thought.mix_weight[every],
             head,
             target[every],
+            objective.mixed_weights(valid, R)[every],
         )
         mixed = mixed.new_zeros(every.shape).masked_scatter(every, mixed)
         base_at = base_nll.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
@@ -341,8 +343,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         reward = objective.reward(base_at, mixed, valid)
         advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
         rewarded = layout.rewarded[..., None].expand(B, P, R)
-        base_loss = objective.masked_mean(base_nll, predicts)
-        mixed_loss, steps = objective.mixed_loss(mixed, valid)
+        _, steps = objective.mixed_loss(mixed, valid)
         policy = self._policy_loss(thought, advantage, rewarded.sum(), head)
 
         share: float | Tensor = 1.0
@@ -376,14 +377,16 @@ class QuietStarForCausalLM(PreTrainedModel):
         k = thought.tokens.shape[-1]
         chosen = advantage > 0
         hidden = thought.slot_hidden[..., :k, :][chosen]  # slot i predicts c_{i+1}
-        log_p = log_prob(
+        weights = objective.policy_weights(advantage[chosen], k, rewarded)
+        loss, _ = weighted_nll(
             hidden.flatten(0, 1),
             head,
             thought.tokens[chosen].flatten(),
+            weights.repeat_interleave(k),
             temperature=self.quiet_star.reinforce_temperature,
             suppress=self.suppress,
         )
-        return objective.policy_loss(log_p.view(len(hidden), k), advantage[chosen], rewarded)
+        return loss
 
     def _check(self, input_ids: Tensor) -> None:
         T, config = input_ids.shape[1], self.quiet_star

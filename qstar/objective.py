@@ -15,15 +15,20 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-def mixed_loss(mixed_nll: Tensor, target_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """mixed_nll [B, P, R, m], target_valid [B, P, 1, m] -> (loss, mean NLL of each talk step [m]).
+def mixed_weights(target_valid: Tensor, num_thoughts: int) -> Tensor:
+    """Weight of every mixed NLL in the loss, [B, P, R, m] fp32: each talk step is averaged over its own
+    targets, and the steps that have any are averaged. target_valid [B, P, 1, m]."""
+    valid = target_valid.float().expand(-1, -1, num_thoughts, -1)
+    counts = valid.sum((0, 1, 2))
+    return valid / counts.clamp(min=1) / (counts > 0).sum().clamp(min=1)
 
-    Every talk step is averaged over its own targets, and the steps that have any are averaged.
-    """
-    mask = target_valid.expand_as(mixed_nll)
-    counts = mask.sum((0, 1, 2))
-    steps = torch.where(mask, mixed_nll, 0).sum((0, 1, 2)) / counts.clamp(min=1)
-    return steps.sum() / (counts > 0).sum().clamp(min=1), steps
+
+def mixed_loss(mixed_nll: Tensor, target_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """mixed_nll [B, P, R, m], target_valid [B, P, 1, m] -> (loss by `mixed_weights`, mean NLL of each talk
+    step [m])."""
+    weights = mixed_weights(target_valid, mixed_nll.shape[2])
+    by_step = (weights * torch.where(weights > 0, mixed_nll, 0)).sum((0, 1, 2))
+    return by_step.sum(), by_step / weights.sum((0, 1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 @torch.no_grad()
@@ -48,14 +53,13 @@ def advantage(reward: Tensor, rewarded: Tensor, normalize: bool = False) -> Tens
     return torch.where(rewarded[..., None], centred.clamp(min=0), 0)
 
 
-def policy_loss(log_prob: Tensor, advantage: Tensor, rewarded_thoughts: Tensor | int) -> Tensor:
-    """mean over thought tokens and rewarded thoughts of -A * log p(c_i).
+def policy_weights(advantage: Tensor, thought_length: int, rewarded_thoughts: Tensor | int) -> Tensor:
+    """Weight of -log p(c_i) for each of M thoughts, [M]: A / k / rewarded_thoughts.
 
-    log_prob [M, k] and advantage [M] of the M thoughts whose advantage is positive: the others add exactly 0,
-    but they count in the mean, over `rewarded_thoughts`.
+    The policy loss is the mean over thought tokens and rewarded thoughts of -A * log p(c_i). Thoughts without
+    a positive advantage add exactly 0 to it, so they need not be among the M, but they count in the mean.
     """
-    total = -(advantage[:, None] * log_prob).sum()
-    return total / max(log_prob.shape[1], 1) / torch.as_tensor(rewarded_thoughts).clamp(min=1)
+    return advantage / max(thought_length, 1) / torch.as_tensor(rewarded_thoughts).clamp(min=1)
 
 
 @torch.no_grad()

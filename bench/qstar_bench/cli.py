@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-MEASUREMENTS = {"step": "qstar_bench.step"}
+MEASUREMENTS = {"kernels": "qstar_bench.kernels", "step": "qstar_bench.step"}
 
 
 def main(argv: list[str]) -> int:

@@ -228,8 +228,9 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_lse):
-        q, k, v, *_ = ctx.saved_tensors
-        problem = _Problem(*ctx.saved_tensors, ctx.options)
+        saved = ctx.saved_tensors  # read once: under checkpointing that is all it allows
+        q, k, v = saved[:3]
+        problem = _Problem(*saved, ctx.options)
         if d_out is None:
             d_out = torch.zeros((), dtype=q.dtype).expand(q.shape)
         d_lse = None if d_lse is None else problem.by_head(d_lse[..., None])

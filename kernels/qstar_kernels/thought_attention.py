@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +11,50 @@ from torch import Tensor
 from qstar_kernels.cpu import cpu
 from qstar_kernels.reference import reference
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference, "cpu": cpu}
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Imports Triton when it is first asked for."""
+    from qstar_kernels.triton_attention import triton_attention
+
+    return triton_attention(*arguments)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": _triton,
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def resolve_impl(impl: str, device: torch.device | str) -> str:
-    """The name of the implementation that runs for `impl` on a device. Raises ValueError when it cannot."""
+def resolve_impl(
+    impl: str, device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None
+) -> str:
+    """The name of the implementation that runs for `impl` on a device. Raises ValueError when it cannot.
+
+    "auto": cpu on a CPU; triton on a GPU for bf16, fp16 and fp32 heads 64, 80, 96, 128 or 256 wide; otherwise
+    reference.
+    """
     kind = torch.device(device).type
     if impl == "auto":
-        return "cpu" if kind == "cpu" else "reference"
+        if kind == "cpu":
+            return "cpu"
+        return "reference" if _why_not_triton(device, dtype, D) else "triton"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if impl == "cpu" and kind != "cpu":
         raise ValueError(f"impl = 'cpu': the tensors are on {kind}")
+    if impl == "triton" and (reason := _why_not_triton(device, dtype, D)):
+        raise ValueError(f"impl = 'triton': {reason}")
     return impl
+
+
+def _why_not_triton(device: torch.device | str, dtype: torch.dtype | None, D: int | None) -> str | None:
+    try:
+        from qstar_kernels.triton_attention import why_not
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+    return why_not(device, dtype, D)
 
 
 def thought_attention(
@@ -51,12 +82,12 @@ def thought_attention(
         q: [B, N, Lq, Hq, D]; k, v: [B, N, Lk, Hkv, D], Lq <= Lk, Hq a multiple of Hkv (grouped queries).
         k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
         prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
-            block has start = end. Out-of-range values raise on a CPU; on a GPU they are not looked at, which
-            would wait for it.
+            block has start = end. Out-of-range values raise on a CPU; on a GPU, which would have to be
+            waited for, and under torch.compile they are not looked at.
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
-        impl: "auto", "cpu" or "reference" (the dense mask).
+        impl: "auto", "cpu", "triton" or "reference" (the dense mask).
 
     Returns:
         out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through
@@ -70,7 +101,7 @@ def thought_attention(
     _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
     if k_prefix.shape[1] == 0 and k_prefix.stride() != k_prefix.contiguous().stride():
         k_prefix, v_prefix = k_prefix.contiguous(), v_prefix.contiguous()
-    function = IMPLEMENTATIONS[resolve_impl(impl, q.device)]
+    function = IMPLEMENTATIONS[resolve_impl(impl, q.device, q.dtype, q.shape[-1])]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return function(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks, own)
 
@@ -106,7 +137,7 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
     require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
     require(window is None or window > 0, "window", window, "positive or None")
     require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
-    if q.device.type == "cpu" and prefix_end.numel():
+    if q.device.type == "cpu" and prefix_end.numel() and not torch.compiler.is_compiling():
         start, end = prefix_start.flatten(), prefix_end.flatten()
         require(int(end.max()) <= T, "prefix_end", int(end.max()), f"at most {T} prefix keys")
         require(int(start.min()) >= 0, "prefix_start", int(start.min()), "at least 0")

@@ -219,7 +219,7 @@ def test_9_held_out_evaluation_never_holds_the_logits_of_all_tokens():
                     Largest.largest = max(Largest.largest, x.numel())
             return result
 
-    vocabulary = 40_000
+    vocabulary = 80_000
     base = base_model(vocab_size=vocabulary)
     model = QuietStarForCausalLM.from_base(base, QuietStarConfig(thought_length=1, talk_length=1))
     rows = [

@@ -1,0 +1,167 @@
+"""Thought attention by the Triton kernels, as two torch operators: qstar::thought_attention and its backward.
+
+Both are opaque to torch.compile, have fake versions, and need a GPU; under TRITON_INTERPRET=1 (set before
+triton is imported) they run on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qstar_kernels.triton_backward import delta_launch, rows_launch
+from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
+from qstar_kernels.triton_decode import decode_launches
+from qstar_kernels.triton_forward import forward_launch, thought_forward
+from qstar_kernels.triton_rows import interpreted
+from qstar_kernels.triton_tiles import HEAD_WIDTHS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _high(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("qstar::thought_attention", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_end: Tensor,
+    prefix_start: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    own: str,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=_high(q.dtype), device=q.device)
+    operands = (q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks)
+    if q.shape[2] == 1:
+        for launch in decode_launches(*operands, out, lse):
+            launch.run()
+    else:
+        forward_launch(*operands, own, out, lse).run()
+    return out, lse
+
+
+@_forward_op.register_fake
+def _(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own):
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(q.shape[:-1], dtype=_high(q.dtype), device=q.device),
+    )
+
+
+@torch.library.custom_op("qstar::thought_attention_backward", mutates_args=())
+def _backward_op(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_end: Tensor,
+    prefix_start: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    own: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dk_prefix, dv_prefix, dsinks); dsinks is empty without sinks."""
+    d_out, delta = d_out.contiguous(), torch.empty_like(lse)
+    delta_launch(out, d_out, d_lse.contiguous(), delta).run()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    operands = (q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, own)
+    rows = rows_launch(*operands, d_out, lse, delta, dq, dk, dv)
+    rows.run()
+    if not rows.tile.WHOLE_BLOCKS:
+        tile = keys_tile_of(q, k, k_prefix.shape[1], own_slots=True)
+        keys_launch(*operands, d_out, lse, delta, dk, dv, own_slots=True, tile=tile).run()
+    tile = keys_tile_of(q, k, k_prefix.shape[1], own_slots=False)
+    partial = q.dtype if tile.SPLIT == 1 else lse.dtype
+    dk_prefix, dv_prefix = (
+        torch.empty(tile.SPLIT, *x.shape, dtype=partial, device=x.device) for x in (k_prefix, v_prefix)
+    )
+    keys_launch(*operands, d_out, lse, delta, dk_prefix, dv_prefix, own_slots=False, tile=tile).run()
+    if tile.SPLIT == 1:
+        dk_prefix, dv_prefix = dk_prefix[0], dv_prefix[0]
+    else:
+        dk_prefix, dv_prefix = (x.sum(0).to(q.dtype) for x in (dk_prefix, dv_prefix))
+    if sinks is None:
+        d_sinks = lse.new_empty(0)
+    else:
+        d_sinks = -((sinks.to(lse.dtype) - lse).exp_() * delta).sum((0, 1, 2)).to(sinks.dtype)
+    return dq, dk, dv, dk_prefix, dv_prefix, d_sinks
+
+
+@_backward_op.register_fake
+def _(
+    d_out, d_lse, out, lse, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks,
+    scale, softcap, window, own,
+):  # fmt: skip
+    like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, k_prefix, v_prefix)]
+    return (*like, lse.new_empty(0) if sinks is None else torch.empty_like(sinks))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, scale, softcap, window, own = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = scale, softcap, window, own
+
+
+def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    *gradients, d_sinks = _backward_op(d_out, d_lse, *saved, *ctx.options)
+    return (*gradients, None, None, None if saved[-1] is None else d_sinks, None, None, None, None)
+
+
+_forward_op.register_autograd(_gradients, setup_context=_save)
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None) -> str | None:
+    """Why the kernels cannot run on such operands, or None when they can. None is not looked at."""
+    on_interpreter = interpreted(thought_forward)
+    kind = torch.device(device).type
+    if kind != "cuda" and not (kind == "cpu" and on_interpreter):
+        return f"the tensors are on {kind}; it needs a GPU, or TRITON_INTERPRET=1 for tests on a CPU"
+    if on_interpreter and dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrong numbers in bfloat16"
+    if dtype not in (None, *DTYPES) and not (on_interpreter and dtype == torch.float64):
+        return f"q.dtype is {dtype}, supported are {', '.join(str(dtype) for dtype in DTYPES)}"
+    if D not in (None, *HEAD_WIDTHS):
+        return f"heads are {D} wide, supported are {', '.join(str(D) for D in HEAD_WIDTHS)}"
+    return None
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_end: Tensor,
+    prefix_start: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    own: str,
+) -> tuple[Tensor, Tensor]:
+    """See `thought_attention`; products in the operands' dtype, sums in fp32."""
+    reason = why_not(q.device, q.dtype, q.shape[-1])
+    if reason is not None:
+        raise ValueError(f"impl = 'triton': {reason}")
+    if scale <= 0:  # the kernels take a row's largest product for its largest score
+        q, scale = q * scale, 1.0
+    return _forward_op(
+        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
+    )
