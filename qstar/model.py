@@ -66,6 +66,10 @@ class QuietStarForCausalLM(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # asked on behalf of the base model, whose own experts these are
+
     def __init__(self, base: PreTrainedModel, quiet_star: QuietStarConfig):
         use_thought_attention(base)
         super().__init__(base.config)
@@ -188,7 +192,7 @@ class QuietStarForCausalLM(PreTrainedModel):
     def read_text(self, input_ids: Tensor, rows: TextRows) -> tuple[Tensor, TextKeysValues]:
         """The base model over the text [B, T]: hidden states [B, T, D] after the final norm, and K/V by
         layer."""
-        text_pass = TextPass()
+        text_pass = TextPass(rows.segment_start)
         hidden = self.base.base_model(
             input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
         ).last_hidden_state
@@ -317,9 +321,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
         unsure = None
         if config.thinking_positions == "uncertain":
+            candidate = rows.scored(predicts, config.talk_length).any(-1)
             with torch.no_grad():
                 unsure = flat.new_zeros(predicts.shape).masked_scatter(
-                    predicts, entropy(text_hidden[predicts], head)
+                    candidate, entropy(text_hidden[candidate], head)
                 )
         layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
         thought = self.think(input_ids, text_hidden, text, layout, thoughts=thoughts, generator=generator)
