@@ -28,15 +28,38 @@ _PREFIX = "qstar_over_"
 
 class TextPass:
     """The pass over the text: the model's own attention, whose K/V of every layer are kept with their
-    graph."""
+    graph.
 
-    def __init__(self) -> None:
+    segment [B, T] int64 names the text that each token lies in. Most models keep packed texts apart by their
+    position ids; some (opt) do not look at them, so the mask of every model is cut to the segments here.
+    """
+
+    def __init__(self, segment: Tensor) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._segment = segment if bool((segment != segment[:, :1]).any()) else None
+        self._masks: list[tuple[Tensor | None, Tensor]] = []  # (the model's mask, the same cut to segments)
 
     def attend(self, own: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
         # a layer that is run again by gradient checkpointing must not replace what later passes read
         self._layers.setdefault(module.layer_idx, (k.transpose(1, 2), v.transpose(1, 2)))  # type: ignore[arg-type]
-        return own(module, q, k, v, mask, **options)
+        return own(module, q, k, v, self._apart(mask), **options)
+
+    def _apart(self, mask: Tensor | None) -> Tensor | None:
+        """The model's mask [B, 1, T, T], bool or added to the scores (None: causal), within the segments."""
+        if self._segment is None:
+            return mask
+        for given, cut in self._masks:  # all layers of a kind share one
+            if given is mask:
+                return cut
+        same = (self._segment[:, :, None] == self._segment[:, None, :])[:, None]
+        if mask is None:
+            cut = same.tril()
+        elif mask.dtype == torch.bool:
+            cut = mask & same
+        else:
+            cut = mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+        self._masks.append((mask, cut))
+        return cut
 
     def keys_values(self, layers: int) -> TextKeysValues:
         """(k, v) [B, T, Hkv, D] of each layer. Raises ValueError when a layer bypassed the interface."""

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,8 +109,11 @@ def save(
     base_state = {name.removeprefix("base."): x for name, x in state.items() if name.startswith("base.")}
     parts = {name: x.contiguous() for name, x in state.items() if name.startswith(_THOUGHT_PARTS)}
     with atomic_update(folder) as staging:
-        model.base.save_pretrained(staging, state_dict=base_state, **options)
-        save_file(parts, staging / TENSORS, metadata={"format": "pt"})
+        try:
+            model.base.save_pretrained(staging, state_dict=base_state, **options)
+            save_file(parts, staging / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its writer hides a full disk in an error of its own
+            raise OSError(f"{str(folder)!r}: cannot be written: {error}") from error
         description = {"base": fingerprint(staging), "config": asdict(model.quiet_star)}
         (staging / DESCRIPTION).write_text(
             json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8"
@@ -126,13 +130,20 @@ def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]
         raise ValueError(
             f"path = {str(folder)!r}: no {DESCRIPTION} there; use from_base to begin from a base model"
         )
-    description = json.loads(path.read_text(encoding="utf-8"))
-    if description["base"] != fingerprint(folder):
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        base, config = description["base"], QuietStarConfig.from_dict(description["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path = {str(folder)!r}: {DESCRIPTION} cannot be read: {error!r}") from error
+    if base != fingerprint(folder):
         raise ValueError(
             f"path = {str(folder)!r}: its thought parts were trained with another base model than the one "
             "that is there"
         )
-    return QuietStarConfig.from_dict(description["config"]), load_file(Path(folder) / TENSORS)
+    try:
+        return config, load_file(Path(folder) / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path = {str(folder)!r}: {TENSORS} cannot be read: {error}") from error
 
 
 def load_thought_parts(

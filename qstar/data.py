@@ -53,7 +53,9 @@ def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int =
             f"text = {arguments.text}, dataset = {arguments.dataset!r}: give exactly one of them"
         )
     records = _records(arguments)
-    columns = records.column_names or list(next(iter(records)))
+    columns = records.column_names or list(next(iter(records), ()))
+    if not columns:
+        raise ValueError(f"{_source(arguments)}: holds no record")
 
     def pack(batch: dict[str, list]) -> dict[str, list]:
         documents = [dict(zip(batch, values)) for values in zip(*batch.values())]
@@ -62,59 +64,97 @@ def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int =
 
     options = {} if arguments.streaming else {"desc": "tokenize", "load_from_cache_file": False}
     rows = records.map(pack, batched=True, remove_columns=columns, **options)
+    # a batch of such rows alone, the end of a text for instance, could not be scored after a thought
     if arguments.streaming:
-        held_out = list(rows.take(arguments.held_out_rows))
-        return rows.skip(arguments.held_out_rows).shuffle(seed=seed, buffer_size=1000), held_out
-    longest = max((len(ids) for ids in rows["input_ids"]), default=0)
+        rows = rows.filter(lambda row: len(row["input_ids"]) > talk_length)
+        first = list(rows.take(arguments.held_out_rows + 1))
+        _check_enough(len(first), arguments)
+        return rows.skip(arguments.held_out_rows).shuffle(seed=seed, buffer_size=1000), first[:-1]
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = max(lengths, default=0)
     if longest <= talk_length:
         raise ValueError(
             f"text: its longest row has {longest} tokens, talk_length = {talk_length} needs more"
         )
-    if len(rows) <= arguments.held_out_rows:
-        raise ValueError(
-            f"held_out_rows = {arguments.held_out_rows}: the text has only {len(rows)} rows of span_length = "
-            f"{arguments.span_length} tokens"
-        )
+    rows = rows.select([i for i, length in enumerate(lengths) if length > talk_length])
+    _check_enough(len(rows), arguments)
     parts = rows.train_test_split(test_size=arguments.held_out_rows, seed=seed)
     return parts["train"], list(parts["test"])
 
 
-def _records(arguments: DataArguments):
-    import datasets
+def _source(arguments: DataArguments) -> str:
+    return f"dataset = {arguments.dataset!r}" if arguments.dataset else f"text = {arguments.text}"
 
-    if arguments.dataset:
+
+def _check_enough(rows: int, arguments: DataArguments) -> None:
+    if rows <= arguments.held_out_rows:
+        raise ValueError(
+            f"held_out_rows = {arguments.held_out_rows}: the text has only {rows} rows of span_length = "
+            f"{arguments.span_length} tokens"
+        )
+
+
+def _records(arguments: DataArguments):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{_source(arguments)}: reading it needs the package datasets; pip install 'qstar[eval]'"
+        ) from error
+
+    options: dict[str, Any] = {"path": arguments.dataset, "name": arguments.dataset_config}
+    if not arguments.dataset:
+        _check_files(arguments.text)
+        lines = {Path(name).suffix == ".jsonl" for name in arguments.text}
+        if len(lines) > 1:
+            raise ValueError(f"text = {arguments.text}: give either .jsonl files or plain text, not both")
+        options = {"path": "json"} if lines == {True} else {"path": "text", "sample_by": "document"}
+        options["data_files"] = list(arguments.text)
+    try:
         return datasets.load_dataset(
-            arguments.dataset,
-            arguments.dataset_config,
-            split=arguments.dataset_split,
+            **options,
+            split=arguments.dataset_split if arguments.dataset else "train",
             streaming=arguments.streaming,
         )
-    files = [Path(name) for name in arguments.text]
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"text = {str(path)!r}: no such file")
-        if not path.read_text(encoding="utf-8", errors="strict").strip():
-            raise ValueError(f"text = {str(path)!r}: the file is empty")
-    lines = {path.suffix == ".jsonl" for path in files}
-    if len(lines) > 1:
-        raise ValueError(f"text = {arguments.text}: give either .jsonl files or plain text, not both")
-    kind = {"path": "json"} if lines == {True} else {"path": "text", "sample_by": "document"}
-    return datasets.load_dataset(
-        **kind, data_files=[str(p) for p in files], split="train", streaming=arguments.streaming
-    )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{_source(arguments)}: cannot be read: {error.__cause__ or error}") from error
+
+
+def _check_files(names: list[str]) -> None:
+    for name in names:
+        if not Path(name).is_file():
+            raise ValueError(f"text = {name!r}: no such file")
+        try:
+            with Path(name).open(encoding="utf-8") as file:
+                if not any(line.strip() for line in file):  # stops at the first line that holds anything
+                    raise ValueError(f"text = {name!r}: the file is empty")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text = {name!r}: is no UTF-8 text: {error}") from error
 
 
 def document_text(record: dict[str, Any], text_field: str, template: str | None) -> str:
     """The text of a record: one of its fields, or a template filled with several. Raises ValueError."""
-    wanted = {name for _, name, _, _ in Formatter().parse(template) if name} if template else {text_field}
+    wanted = _fields(template) if template else {text_field}
     missing = sorted(name for name in wanted if record.get(name) is None)
     if missing:
         option = "template" if template else "text_field"
         raise ValueError(f"{option}: a record has no {missing}; it has {sorted(record)}")
     text = template.format(**record) if template else record[text_field]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text_field = {text_field!r}: a record holds no text there: {str(record)[:80]}")
+        option = f"template = {template!r}" if template else f"text_field = {text_field!r}"
+        raise ValueError(f"{option}: a record holds no text there: {str(record)[:80]}")
     return text
+
+
+def _fields(template: str) -> set[str]:
+    """The fields that a template names."""
+    try:
+        names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"template = {template!r}: {error}") from error
+    if not names or any(not name or name.isdigit() for name in names):
+        raise ValueError(f"template = {template!r}: must name fields of a record in braces, as {{question}}")
+    return names
 
 
 def encode(texts: list[str], tokenizer) -> Iterator[list[int]]:
@@ -150,7 +190,8 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Right-padded batch: input_ids, position_ids, attention_mask, labels [B, T] int64.
 
     Labels come from the mask, never from the padding's token id: an end-of-text token that is also the
-    padding token is learned.
+    padding token is learned. The first token of a document is no target: nothing predicts it, and a trainer
+    that counts labels to weigh micro-batches must not count it.
     """
     length = max(len(row["input_ids"]) for row in rows)
     batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in ("input_ids", "position_ids")}
@@ -160,5 +201,6 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         for name in ("input_ids", "position_ids"):
             batch[name][i, :tokens] = torch.tensor(row[name])
         batch["attention_mask"][i, :tokens] = 1
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    no_target = (batch["attention_mask"] == 0) | (batch["position_ids"] == 0)
+    batch["labels"] = batch["input_ids"].masked_fill(no_target, IGNORE)
     return batch

@@ -56,6 +56,7 @@ def generate(
     """
     config = _step_config(model.quiet_star, thought_length, thought_temperature)
     _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p, config)
+    was_training = model.training
     model.eval()
     rows = TextRows.from_batch(input_ids, attention_mask) if input_ids.shape[1] > 1 else _one_token(input_ids)
     warpers = LogitsProcessorList()
@@ -92,6 +93,7 @@ def generate(
             if bool(finished.all()):
                 break
         hidden = _speak(model, text, start, embed(token)[:, None], config)
+    model.train(was_training)
     return Generated(
         tokens=torch.stack(tokens, 1),
         thoughts=torch.stack(thoughts, 1),
@@ -121,6 +123,11 @@ def _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p,
         raise ValueError(f"temperature = {temperature}: must be at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: must be in (0, 1]")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: must be that of input_ids, "
+            f"{tuple(input_ids.shape)}"
+        )
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         raise ValueError("attention_mask: padding must be on the left")
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):

@@ -78,6 +78,15 @@ class TextRows:
         next_label[:, :-1] = labels[:, 1:]
         return self.is_text & has_next & (next_label != IGNORE)
 
+    def scored(self, predicts: Tensor, talk_length: int) -> Tensor:
+        """[B, T, m] bool: x_{t+1+j} is a target of t's own text; predicts [B, T] from `predicts`."""
+        B, T = predicts.shape
+        reach = torch.arange(T, device=predicts.device)[:, None]
+        reach = reach + torch.arange(talk_length, device=predicts.device)  # t + j
+        inside = reach < self.segment_end[..., None]
+        reach = reach.clamp(max=T - 1).expand(B, T, talk_length)
+        return predicts.gather(1, reach.reshape(B, -1)).view(B, T, talk_length) & inside
+
 
 @dataclass(frozen=True)
 class ThoughtLayout:
@@ -120,15 +129,13 @@ class ThoughtLayout:
         predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain'.
         """
         B, T = predicts.shape
-        m, device = config.talk_length, predicts.device
-        steps = torch.arange(m, device=device)
-        reach = torch.arange(T, device=device)[:, None] + steps  # t + j
-        inside = reach < rows.segment_end[..., None]
-        reach = reach.clamp(max=T - 1).expand(B, T, m)
-        scored = predicts.gather(1, reach.reshape(B, -1)).view(B, T, m) & inside
-        candidate = scored.any(-1) & rows.is_text
+        device = predicts.device
+        scored = rows.scored(predicts, config.talk_length)
+        candidate = scored.any(-1)
 
-        counts = (candidate.sum(1) * config.thinking_fraction).ceil().long()
+        # 0.3 * 50 must count as 15, though 0.3 has no exact binary form
+        wanted = (candidate.sum(1).double() * config.thinking_fraction - 1e-9).ceil().long()
+        counts = wanted.clamp(min=1).minimum(candidate.sum(1))
         if config.thinking_positions == "all":
             score = torch.zeros(B, T, device=device)
         elif config.thinking_positions == "random":

@@ -66,6 +66,10 @@ class QuietStarForCausalLM(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # asked on behalf of the base model, whose own experts these are
+
     def __init__(self, base: PreTrainedModel, quiet_star: QuietStarConfig):
         use_thought_attention(base)
         super().__init__(base.config)
@@ -187,8 +191,12 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     def read_text(self, input_ids: Tensor, rows: TextRows) -> tuple[Tensor, TextKeysValues]:
         """The base model over the text [B, T]: hidden states [B, T, D] after the final norm, and K/V by
-        layer."""
-        text_pass = TextPass()
+        layer. Raises ValueError for an id outside the vocabulary (on a GPU the lookup itself asserts)."""
+        rows_of_table = self.get_input_embeddings().weight.shape[0]
+        if not input_ids.is_cuda and bool(((input_ids < 0) | (input_ids >= rows_of_table)).any()):
+            wrong = input_ids[(input_ids < 0) | (input_ids >= rows_of_table)]
+            raise ValueError(f"input_ids = {int(wrong[0])}: must be in [0, {rows_of_table})")
+        text_pass = TextPass(rows.segment_start)
         hidden = self.base.base_model(
             input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
         ).last_hidden_state
@@ -304,6 +312,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         self._check(input_ids)
         if labels is None:
             labels = input_ids.masked_fill(~rows.is_text, IGNORE)
+        elif labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
+            )
         predicts = rows.predicts(labels)
         if not bool(predicts.any()):
             raise ValueError(
@@ -318,9 +330,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
         unsure = None
         if config.thinking_positions == "uncertain":
+            candidate = rows.scored(predicts, config.talk_length).any(-1)
             with torch.no_grad():
                 unsure = flat.new_zeros(predicts.shape).masked_scatter(
-                    predicts, entropy(text_hidden[predicts], head)
+                    candidate, entropy(text_hidden[candidate], head)
                 )
         layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
         thought = self.think(input_ids, text_hidden, text, layout, thoughts=thoughts, generator=generator)
@@ -388,18 +401,25 @@ class QuietStarForCausalLM(PreTrainedModel):
         )
         return loss
 
+    def check_length(
+        self, tokens: int, name: str = "input_ids", config: QuietStarConfig | None = None
+    ) -> None:
+        """Raises ValueError, naming `name`, for a text too long with its thoughts for the model's context."""
+        slots = (config or self.quiet_star).slots
+        context = getattr(self.base.config, "max_position_embeddings", None)
+        if context is not None and tokens - 1 + slots > context:
+            raise ValueError(
+                f"{name} has {tokens} tokens: with {slots} slots for a thought and its talk tokens, "
+                f"{tokens - 1 + slots} positions exceed the model's context of {context}"
+            )
+
     def _check(self, input_ids: Tensor) -> None:
         T, config = input_ids.shape[1], self.quiet_star
         if config.talk_length >= T:
             raise ValueError(
                 f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}"
             )
-        context = getattr(self.base.config, "max_position_embeddings", None)
-        if context is not None and T - 1 + config.slots > context:
-            raise ValueError(
-                f"input_ids has {T} tokens: with {config.slots} slots for a thought and its talk tokens, "
-                f"{T - 1 + config.slots} positions exceed the model's context of {context}"
-            )
+        self.check_length(T)
         if not self.training:
             return
         dtype = next(self.base.parameters()).dtype

@@ -42,7 +42,12 @@ class QuietStarTrainer(Trainer):
         **options: Any,
     ):
         super().__init__(*arguments, **options)
-        self._part_rates = {"mixing.": mixing_learning_rate, "boundary.": boundary_learning_rate}
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor = {self.args.label_smoothing_factor}: must be 0, the loss is the "
+                "model's own"
+            )
+        self._part_rates = {"mixing": mixing_learning_rate, "boundary": boundary_learning_rate}
         self._gradient_norm_steps = gradient_norm_steps
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._count = 0
@@ -55,12 +60,15 @@ class QuietStarTrainer(Trainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(target))
+            own = self.accelerator.unwrap_model(target)
+            # by identity: a wrapper prefixes names, and a base model may have a part of the same name
+            parts = {id(p): part for part in self._part_rates for p in getattr(own, part).parameters()}
             groups: dict[tuple, list] = defaultdict(list)
             for name, parameter in target.named_parameters():
                 if parameter.requires_grad:
-                    part = next((p for p in self._part_rates if f".{name}".find(f".{p}") >= 0), None)
+                    part = parts.get(id(parameter))
                     # boundaries are embeddings that no text trains: decay would only pull them to zero
-                    groups[part, name in decayed and part != "boundary."].append(parameter)
+                    groups[part, name in decayed and part != "boundary"].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             rates = {part: rate for part, rate in self._part_rates.items() if rate is not None}
             self.optimizer = kind(
@@ -113,9 +121,15 @@ class QuietStarTrainer(Trainer):
         )
         target.load_state_dict(saved.state_dict())
 
+    def _load_best_model(self) -> None:
+        # likewise: the stock method finds none of our names in the base model's file, and keeps the last
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 class _StopBeforeNonFinite(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:  # the gradient scaler looks for them itself, and skips the step
+            return
         squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
         if squares and not bool(torch.isfinite(torch.stack([s.cpu() for s in squares]).sum())):
             raise NonFiniteError(f"a gradient is not finite at step {state.global_step + 1}")
@@ -147,7 +161,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         try:
             json.loads((path / "trainer_state.json").read_text())  # the Trainer writes it last
             checkpoint.read(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # that a json is cut short is a ValueError too
             continue
         if number.isdigit():
             found.append((int(number), str(path)))

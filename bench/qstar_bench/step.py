@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from qstar_kernels import resolve_impl
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from qstar import QuietStarConfig, QuietStarForCausalLM, report
+from qstar.cli.options import parse_options
 
 
 @dataclass
@@ -115,7 +116,7 @@ def card(args: StepArguments) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    (args,) = HfArgumentParser(StepArguments, prog="qstar bench step").parse_args_into_dataclasses(args=argv)
+    (args,) = parse_options(StepArguments, argv, prog="qstar bench step")
     if args.worker is not None:
         print(json.dumps(work(args, args.worker)))
         return 0

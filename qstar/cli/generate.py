@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from qstar import report
+from qstar.cli.options import parse_options
 from qstar.generation import generate
 from qstar.model import QuietStarForCausalLM
 
@@ -35,20 +36,16 @@ class GenerateArguments:
 
 
 def main(argv: list[str]) -> int:
-    (args,) = HfArgumentParser(GenerateArguments, prog="qstar generate").parse_args_into_dataclasses(
-        args=argv
-    )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
-    if any(not text for text in args.prompt):
+    (args,) = parse_options(GenerateArguments, argv, prog="qstar generate")
+    if not all(args.prompt):
         raise ValueError("prompt = '': must not be empty")
-    batch = tokenizer(args.prompt, return_tensors="pt", padding=True)
+    model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    input_ids, attention_mask = left_padded([tokenizer(text)["input_ids"] for text in args.prompt])
     result = generate(
         model,
-        batch["input_ids"],
-        batch["attention_mask"],
+        input_ids,
+        attention_mask,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -75,6 +72,16 @@ def main(argv: list[str]) -> int:
     if args.json:
         report.last_line({"answers": answers})
     return 0
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) [B, T], padded on the left; a tokenizer may know no padding token."""
+    if not all(prompts):
+        raise ValueError("prompt: holds no token; each must hold at least one")
+    length = max(map(len, prompts))
+    input_ids = [[0] * (length - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids), torch.tensor(mask)
 
 
 def with_thoughts(tokenizer, tokens: list[int], thoughts: list[str]) -> str:

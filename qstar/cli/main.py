@@ -23,11 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"qstar: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return 1
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except (ValueError, OSError) as error:  # what a user can mend, in one line
-        print(f"qstar {name}: {error}", file=sys.stderr)
+        print(f"qstar {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 

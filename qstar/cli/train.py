@@ -8,10 +8,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from qstar import report
+from qstar import checkpoint, report
+from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, collate, load_rows
 from qstar.demo import TINY_LM
@@ -54,26 +54,14 @@ class TrainArguments(TrainingArguments):
     max_steps: int = field(default=100, metadata={"help": "Optimiser steps."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many steps."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "Loggers to report to."})
+    # a list, and made by a factory: HfArgumentParser forgets any other default of an option with many values
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "Loggers to report to."})
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConfig, TrainArguments]:
     """Options from `--config file.yaml`, if given, and the command line, which wins."""
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise ValueError("--config: needs a YAML file")
-        values = yaml.safe_load(Path(argv[at + 1]).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"--config = {argv[at + 1]}: must hold 'option: value' lines")
-        given: list[str] = []
-        for name, value in values.items():
-            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        argv = given + argv[:at] + argv[at + 2 :]
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, QuietStarConfig, TrainArguments), prog="qstar train"
-    )
-    return parser.parse_args_into_dataclasses(args=argv)  # type: ignore[return-value]
+    types = (ModelArguments, DataArguments, QuietStarConfig, TrainArguments)
+    return parse_options(types, with_config_file(argv), prog="qstar train")
 
 
 def main(argv: list[str]) -> int:
@@ -82,6 +70,7 @@ def main(argv: list[str]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
     model = open_model(model_args.model, config, tokenizer)
+    model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
         resume = last_complete_checkpoint(args.output_dir)
@@ -104,7 +93,7 @@ def main(argv: list[str]) -> int:
         result = trainer.train(resume_from_checkpoint=resume)
     except NonFiniteError as error:
         good = last_complete_checkpoint(args.output_dir)
-        print(f"qstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)
+        print(f"\nqstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)
         return 1
     trainer.save_model(args.output_dir)
     before, after = (
@@ -136,7 +125,9 @@ def main(argv: list[str]) -> int:
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:
     """A checkpoint that already thinks goes on with the options of this run; any other folder is a base
     model."""
-    if not (Path(path) / "quiet_star.json").is_file():
+    if Path(path).is_dir():
+        checkpoint.finish_update(path)  # a crash may have left the description not yet in its place
+    if not (Path(path) / checkpoint.DESCRIPTION).is_file():
         return QuietStarForCausalLM.from_base(path, config, tokenizer=tokenizer, dtype="float32")
     model = QuietStarForCausalLM.from_pretrained(path, dtype="float32")
     return model.with_config(config)

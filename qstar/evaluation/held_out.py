@@ -43,6 +43,8 @@ def held_out(
         thinking_positions="all",
         thinking_fraction=1.0,
     )
+    for row in rows:
+        model.check_length(len(row["input_ids"]), "a held-out row", config)
     was_training, device = model.training, model.boundary.start_raw.device
     model.eval()
     parts = []

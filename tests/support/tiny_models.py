@@ -47,14 +47,30 @@ ARCHITECTURES: dict[str, dict] = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
+    "opt": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 96,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "dropout": 0.0,
+    },
+    "mixtral": COMMON | {"num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
 
-def base_model(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+def base_model(
+    kind: str = "llama", seed: int = 0, attention: str | None = None, **changes
+) -> PreTrainedModel:
     """A random fp32 model in eval mode; weights large enough that attention and soft-caps matter."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **(ARCHITECTURES[kind] | changes))
-    attention = "eager" if kind == "gemma2" else "sdpa"
+    attention = attention or ("eager" if kind == "gemma2" else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -65,11 +81,15 @@ def base_model(kind: str = "llama", seed: int = 0, **changes) -> PreTrainedModel
     return model.eval()
 
 
-def thinking_model(kind: str = "llama", seed: int = 0, mix: float = 0.5, **knobs) -> QuietStarForCausalLM:
+def thinking_model(
+    kind: str = "llama", seed: int = 0, mix: float = 0.5, attention: str | None = None, **knobs
+) -> QuietStarForCausalLM:
     """A model whose mixing head and boundaries are random, as after training (mix scales w; 0 leaves w =
     0)."""
     defaults = {"thought_length": 3, "talk_length": 2, "num_thoughts": 2, "policy_weight": 1.0}
-    model = QuietStarForCausalLM.from_base(base_model(kind, seed), QuietStarConfig(**(defaults | knobs)))
+    model = QuietStarForCausalLM.from_base(
+        base_model(kind, seed, attention), QuietStarConfig(**(defaults | knobs))
+    )
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         for boundary in (model.boundary.start_raw, model.boundary.end_raw):
