@@ -18,17 +18,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 2 << 20  # of one tile's scores
-TILE_QUERIES = 512  # of a tile, by key-value head: enough for a matrix product, few for the causal edge
+WORKSPACE_BYTES = 4 << 20  # of one tile's scores
+TILE_QUERIES = 1024  # of a tile, by key-value head: large matrix products, and few of them
+TILE_BLOCKS = (
+    96  # a tile scores every key that any of its blocks sees: too many blocks undo the causal saving
+)
 
 
 def tile_sizes(B: int, N: int, H: int, W: int, C: int, itemsize: int) -> tuple[int, int]:
-    """(rows, blocks) of a tile with C columns: blocks as the queries and the workspace allow, at least one;
-    several rows only when each fits whole."""
+    """(rows, blocks) of a tile with C columns: as many blocks as the three limits allow, at least one; and
+    several rows when each fits whole."""
     fit = WORKSPACE_BYTES // max(1, H * W * C * itemsize)
-    blocks = max(1, min(N, fit, -(-TILE_QUERIES // W)))
-    rows = max(1, min(B, fit // blocks, -(-TILE_QUERIES // (W * blocks)))) if blocks == N else 1
-    return rows, blocks
+    fit = max(1, min(fit, TILE_QUERIES // W, TILE_BLOCKS))
+    return (1, fit) if fit < N else (max(1, min(B, fit // max(1, N))), N)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ class _Problem:
         self.tile_rows, self.tile_blocks = tile_sizes(
             self.B, self.N, self.H, self.W, self.columns, self.dtype.itemsize
         )
-        self.memory: dict[str, Tensor] = {}
-        self.rooms: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.rooms: dict[str, Tensor] = {}
         self.edge: tuple[object, Tensor] = None, self.own_bias
 
     def tiles(self) -> Iterator[_Tile]:
@@ -100,14 +101,15 @@ class _Problem:
                 last = max(max(row[blocks]) for row in self.high[rows])
                 yield _Tile(rows, blocks, slice(min(first, last), last))
 
-    def room(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised, the same memory for every tile: fresh memory costs more than writing to it."""
-        if (name, shape) not in self.rooms:
-            size = math.prod(shape)
-            if name not in self.memory or self.memory[name].numel() < size:
-                self.memory[name] = torch.empty(size, dtype=self.dtype)
-            self.rooms[name, shape] = self.memory[name][:size].view(shape)
-        return self.rooms[name, shape]
+    def room(self, name: str, *shape: int, most: int = 0) -> Tensor:
+        """Uninitialised, the same memory for every tile: fresh memory costs more than writing to it.
+
+        The first tile has as many rows and blocks as any; `most` elements are for what grows with the keys.
+        """
+        size = math.prod(shape)
+        if name not in self.rooms:
+            self.rooms[name] = torch.empty(max(size, most), dtype=self.dtype)
+        return self.rooms[name][:size].view(shape)
 
     def by_head(self, x: Tensor) -> Tensor:
         """A view [B, N, L, H * g, D] -> [H, B, N, L, g, D]."""
@@ -161,7 +163,9 @@ class _Problem:
     def products(self, name: str, tile: _Tile, x: Tensor, own: Tensor, prefix: Tensor) -> Tensor:
         """x [H, b, n, Lq, G, D] times the keys (or values) of prefix and own slots: [H * b, n * W, C]."""
         H, b, n = x.shape[:3]
-        result = self.room(name, H * b, n * self.W, tile.width + self.Lk + (self.sinks is not None))
+        C = tile.width + self.Lk + (self.sinks is not None)
+        most = self.tile_rows * self.tile_blocks * H * self.W * self.columns
+        result = self.room(name, H * b, n * self.W, C, most=most)
         if tile.width:
             keys = self.prefix(prefix, tile).transpose(1, 2)
             torch.bmm(x.view(H * b, n * self.W, self.D), keys, out=result[..., : tile.width])
@@ -228,9 +232,9 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_lse):
-        saved = ctx.saved_tensors  # read once: under checkpointing that is all it allows
-        q, k, v = saved[:3]
-        problem = _Problem(*saved, ctx.options)
+        # read once: under checkpointing that is all it allows
+        q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start = ctx.saved_tensors
+        problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, ctx.options)
         if d_out is None:
             d_out = torch.zeros((), dtype=q.dtype).expand(q.shape)
         d_lse = None if d_lse is None else problem.by_head(d_lse[..., None])

@@ -9,7 +9,7 @@ import torch
 from attention_cases import GRADIENTS, Case, absolute_errors, problem, relative_errors, run
 from qstar_kernels import cpu as engine
 from qstar_kernels import resolve_impl, thought_attention
-from tensor_sizes import LargestTensor
+from tensor_sizes import LargestTensor, PeakMemory
 
 SHAPES = [
     *(Case(T=T) for T in (0, 1, 63, 111, 256)),
@@ -308,6 +308,36 @@ def test_no_dense_mask_the_largest_tensor_is_an_operand_or_the_workspace(case, m
     with LargestTensor() as seen:
         run(p, impl="reference")
     assert seen.elements >= dense  # so the instrument sees it
+
+
+def test_forward_and_backward_hold_at_most_four_times_q_with_outputs_and_gradients():
+    # scratch memory that was made again for every wider tile, and never freed, once made this 7.5
+    p = problem(Case(B=1, N=256, T=256, Lq=14, Hq=8, D=64), torch.float32)
+    with PeakMemory() as seen:
+        results = run(p, impl="cpu")
+    q = p.operands["q"].nbytes
+    assert sum(x.nbytes for x in results.values()) < seen.peak <= 4 * q
+    with PeakMemory() as seen:
+        kept = [torch.ones(q // 4) for _ in range(3)]
+        torch.ones(q // 4).add_(1)
+        torch.ones(q // 4)
+    assert seen.peak == 4 * q and len(kept) == 3  # so the instrument sees what lives, and what is freed
+
+
+@pytest.mark.parametrize(
+    "B, N, H, W, C, expected",
+    [
+        (1, 256, 2, 56, 270, (1, 18)),  # by the queries
+        (1, 256, 2, 4, 270, (1, 96)),  # by the blocks
+        (1, 256, 8, 56, 2062, (1, 1)),  # by the workspace
+        (1, 256, 32, 80, 8212, (1, 1)),  # one block is always allowed
+        (8, 20, 2, 4, 270, (4, 20)),  # several whole rows
+        (2, 5, 2, 4, 270, (2, 5)),
+        (3, 96, 2, 4, 270, (1, 96)),
+    ],
+)
+def test_tiles_are_bounded_by_queries_blocks_and_workspace(B, N, H, W, C, expected):
+    assert engine.tile_sizes(B, N, H, W, C, itemsize=4) == expected
 
 
 GOOD = problem(Case(B=1, N=3, sinks=True), torch.float32)
