@@ -199,7 +199,7 @@ def test_a_model_without_the_interface_is_refused_by_its_type(capsys, kind, text
 
 
 REFUSED = {
-    "no options": ([], "the following arguments are required: --model"),
+    "no options": ([], "text = [], dataset = None: give exactly one of them"),
     "unknown option": (["--n_ahead", 12], "unknown options ['--n_ahead', '12']; see qstar train --help"),
     "no number": (["--thought_length", "many"], "invalid int value: 'many'"),
     "negative thought": (["--thought_length", -1], "thought_length = -1: must be at least 0"),

@@ -94,10 +94,11 @@ def test_normalised_advantages_are_divided_by_the_deviation_of_the_rewarded_only
 def test_policy_mean_counts_also_the_thoughts_without_advantage():
     log_p = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     advantage = torch.tensor([0.5, 2.0])
-    found = objective.policy_loss(log_p, advantage, rewarded_thoughts=10)
+    weights = objective.policy_weights(advantage, thought_length=2, rewarded_thoughts=10)
+    found = -(weights[:, None] * log_p).sum()
     assert found.item() == pytest.approx((0.5 * (1 + 2) + 2.0 * (3 + 4)) / 2 / 10)
-    assert objective.policy_loss(log_p[:0], advantage[:0], rewarded_thoughts=0) == 0
-    assert objective.policy_loss(log_p[:, :0], advantage, rewarded_thoughts=10) == 0
+    none = objective.policy_weights(advantage * 0, thought_length=0, rewarded_thoughts=0)
+    assert torch.equal(none, torch.zeros(2))
 
 
 def test_spread_is_mean_and_deviation_over_the_mask_alone(batch):
@@ -205,7 +206,7 @@ def test_gradient_accumulation_equals_the_large_batch(tmp_path, lengths):
 def test_accumulating_rows_of_unequal_length_weighs_every_target_of_the_text_alike(tmp_path, lengths):
     rows = Rows(lengths)
     with pytest.MonkeyPatch.context() as patch:  # the text's own loss alone
-        patch.setattr(objective, "policy_loss", lambda log_p, *_: log_p.sum() * 0)
+        patch.setattr(objective, "policy_weights", lambda advantage, *_: advantage * 0)
         large, accumulated = (after_one_step(tmp_path, rows, n, base_weight=1.0) for n in (1, 4))
     for name, x in large.items():
         assert torch.allclose(x, accumulated[name], rtol=1e-5, atol=1e-7), name
