@@ -191,7 +191,8 @@ for kill, line in enumerate(sys.stdin):
         while True:
             for model, option in zip(models, options):
                 model.save_pretrained(sys.argv[1], **option)
-    time.sleep(moments.random() * two_saves * (1 + kill / 10))  # on a machine that grew busy, later ones reach further
+    # on a machine that grew busy, later kills reach further
+    time.sleep(moments.random() * two_saves * (1 + kill / 10))
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     print("killed", flush=True)
