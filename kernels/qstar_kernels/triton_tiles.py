@@ -170,6 +170,8 @@ def keys_tile(
     else:
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 64, 8, 1
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(keys)))
+    if chip.name == "sm_100" and BLOCK_D <= 128 and BLOCK_N <= 64 and itemsize == 2:
+        BLOCK_M = 64
     programs = max(1, ceil_div(keys, BLOCK_N) * heads)
     wanted = ceil_div(2 * chip.processors, programs)
     most = max(1, ceil_div(rows, 4 * BLOCK_M))  # at least four tiles of rows for each program
