@@ -91,7 +91,7 @@ def forward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, T: int, N: 
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 32, 4, 2) if BLOCK_D <= 128 else (32, 32, 4, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (128, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 4, 1)
     elif BLOCK_D <= 64:
@@ -124,7 +124,7 @@ def backward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, N: int, ch
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 8, 1)
     elif BLOCK_D <= 128 and chip.name in SMALL:
@@ -160,7 +160,7 @@ def keys_tile(
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 16, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 64, 8, 1) if BLOCK_D <= 128 else (16, 32, 8, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (16, 32, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 64, 4, 1) if BLOCK_D <= 128 else (32, 32, 8, 1)
     elif BLOCK_D <= 64:
@@ -168,7 +168,7 @@ def keys_tile(
     elif BLOCK_D <= 128:
         BLOCK_M, BLOCK_N, num_warps, num_stages = *((64, 64) if chip.name in SMALL else (32, 128)), 8, 2
     else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 64, 8, 1
+        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, (32 if chip.name in SMALL else 64), 8, 1
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(keys)))
     if chip.name == "sm_100" and BLOCK_D <= 128 and BLOCK_N <= 64 and itemsize == 2:
         BLOCK_M = 64
