@@ -91,7 +91,7 @@ def forward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, T: int, N: 
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 32, 4, 2) if BLOCK_D <= 128 else (32, 32, 4, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (128, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 4, 1)
     elif BLOCK_D <= 64:
@@ -124,13 +124,15 @@ def backward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, N: int, ch
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 8, 1)
+    elif BLOCK_D <= 128 and chip.name in SMALL:
+        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 64, 8, 2
     elif BLOCK_D <= 64:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, 64, 8, 2
+        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, (32 if chip.name == "sm_100" else 64), 8, 2
     elif BLOCK_D <= 128:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64 if chip.name in SMALL else 128), 64, 8, 2
+        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, 64, 8, 2
     else:
         BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 32, 8, 1
     W = Lq * G
@@ -144,7 +146,7 @@ def backward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, N: int, ch
         num_warps=num_warps,
         num_stages=num_stages,
         TILE_ROWS=rows,
-        BLOCK_OWN=own_block(own_columns(rows, W, Lk, whole), BLOCK_N),
+        BLOCK_OWN=own_block(own_columns(rows, W, Lk, whole), min(BLOCK_N, 32)),  # five products: wider spills
         WHOLE_BLOCKS=whole,
     )
 
@@ -158,16 +160,18 @@ def keys_tile(
     if chip.name == "interpreter":
         BLOCK_M, BLOCK_N, num_warps, num_stages = 16, 16, 4, 1
     elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 64, 8, 1) if BLOCK_D <= 128 else (16, 32, 8, 1)
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (16, 32, 8, 1)
     elif chip.name == "gfx942":
         BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 64, 4, 1) if BLOCK_D <= 128 else (32, 32, 8, 1)
     elif BLOCK_D <= 64:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 128, 8, 2
+        BLOCK_M, BLOCK_N, num_warps, num_stages = (32 if chip.name == "sm_100" else 64), 128, 8, 2
     elif BLOCK_D <= 128:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, (64 if chip.name in SMALL else 128), 8, 2
+        BLOCK_M, BLOCK_N, num_warps, num_stages = *((64, 64) if chip.name in SMALL else (32, 128)), 8, 2
     else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 64, 8, 1
+        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, (32 if chip.name in SMALL else 64), 8, 1
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(keys)))
+    if chip.name == "sm_100" and BLOCK_D <= 128 and BLOCK_N <= 64 and itemsize == 2:
+        BLOCK_M = 64
     programs = max(1, ceil_div(keys, BLOCK_N) * heads)
     wanted = ceil_div(2 * chip.processors, programs)
     most = max(1, ceil_div(rows, 4 * BLOCK_M))  # at least four tiles of rows for each program
@@ -190,7 +194,8 @@ def decode_tile(*, D: int, itemsize: int, G: int, T: int, N: int, heads: int, ch
     elif itemsize == 4:
         BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 32, 8, 1
     else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, (64 if BLOCK_D <= 128 else 32), 4, 2
+        BLOCK_M, BLOCK_N, num_stages = 64, (64 if BLOCK_D <= 128 else 32), 2
+        num_warps = 4 if BLOCK_D <= 64 else 8
     BLOCK_M = min(BLOCK_M, max(16, next_power_of_2(N * G)))
     programs = max(1, ceil_div(N * G, BLOCK_M) * heads)
     most = max(1, ceil_div(T, 4 * BLOCK_N))  # at least four tiles of keys for each program
