@@ -325,8 +325,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         text_hidden, text = self.read_text(input_ids, rows)
 
         next_label = torch.where(predicts, labels.roll(-1, dims=1), 0)
-        base_weights = torch.full((int(predicts.sum()),), 1 / int(predicts.sum()), device=text_hidden.device)
-        base_loss, flat = weighted_nll(text_hidden[predicts], head, next_label[predicts], base_weights)
+        targets = next_label[predicts]
+        mean = torch.full(targets.shape, 1 / len(targets), device=targets.device)
+        base_loss, flat = weighted_nll(text_hidden[predicts], head, targets, mean)
         base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
         unsure = None
         if config.thinking_positions == "uncertain":

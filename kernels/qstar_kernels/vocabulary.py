@@ -8,7 +8,7 @@ zero. Legend: M rows, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -18,6 +18,21 @@ from torch import Tensor
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 WORKSPACE_BYTES = 128 << 20  # of one chunk of fp32 logits: 1,024 rows of 32k, large enough for fast products
+
+
+class Workspace:
+    """Memory for one chunk of logits, kept from call to call: on a CPU a fresh page costs more than its
+    logits."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[rows, V], not initialised, overwritten by whoever takes next."""
+        old = self._memory
+        if old is None or old.numel() < rows * V or (old.dtype, old.device) != (dtype, device):
+            self._memory = torch.empty(rows * V, dtype=dtype, device=device)
+        return self._memory[: rows * V].view(rows, V)  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class LinearHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
 
 
 def chunk_rows(vocabulary: int, bytes_per_logit: int = 4) -> int:
@@ -75,7 +91,7 @@ def _chunks(hidden: Tensor, head: LinearHead, rows: int | None):
     V, high = len(head.weight), _high(hidden)
     rows = rows or chunk_rows(V, high.itemsize)
     weight = _weight(hidden, head)
-    buffer = torch.empty(min(rows, len(hidden)), V, dtype=high, device=hidden.device)
+    buffer = head.workspace.take(min(rows, len(hidden)), V, high, hidden.device)
     for first in range(0, len(hidden), rows):
         at = slice(first, min(first + rows, len(hidden)))
         yield at, _cap(_linear(hidden[at], head, weight, buffer[: at.stop - first]), head.softcap)
