@@ -167,7 +167,8 @@ class _Gradients:
         high, weight = _high(hidden), head.weight
         self.source, self.tokens, self.softcap = hidden, tokens, head.softcap
         self.constant = head.logit_scale / temperature
-        self.cast = weight.to(high)
+        self.needed = any(needed[:3])
+        self.cast = weight.to(high) if needed[0] else weight
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if needed[1] else None
         self.bias = torch.zeros(len(weight), dtype=high, device=weight.device) if needed[2] else None
@@ -233,10 +234,10 @@ class _WeightedNLL(torch.autograd.Function):
         result = hidden.new_empty(len(hidden), dtype=_high(hidden))
         sums = _Gradients(ctx.needs_input_grad, hidden, head, tokens, temperature)
         for at, z in _chunks(hidden, head, rows):
-            slope = sums.slope(z) if any(ctx.needs_input_grad[:3]) else None
+            slope = sums.slope(z) if sums.needed else None
             log_p = torch.log_softmax(_at_temperature(z, suppress, temperature), dim=1, out=z)
             result[at] = -log_p.gather(1, tokens[at, None]).squeeze(1)
-            if any(ctx.needs_input_grad[:3]):
+            if sums.needed:
                 sums.add(at, log_p.exp_(), slope, weights[at])
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from qstar import report
+from qstar.cli.options import parse_options
 from qstar.demo import experiment
 from qstar.demo.town import CHANCE, STEPS
 
@@ -28,7 +28,7 @@ class DemoArguments:
 
 
 def main(argv: list[str]) -> int:
-    (args,) = HfArgumentParser(DemoArguments, prog="qstar demo").parse_args_into_dataclasses(args=argv)
+    (args,) = parse_options(DemoArguments, argv, prog="qstar demo")
     for name in ("training_steps", "test_walks"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} = {getattr(args, name)}: must be at least 1")
