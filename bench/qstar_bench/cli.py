@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 
-MEASUREMENTS = {"kernels": "qstar_bench.kernels", "step": "qstar_bench.step"}
+MEASUREMENTS = {
+    "attention": "qstar_bench.attention",
+    "kernels": "qstar_bench.kernels",
+    "step": "qstar_bench.step",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import GRADIENTS, Case, absolute_errors, problem, relative_errors, run
+from qstar_bench.memory import PeakMemory
 from qstar_kernels import cpu as engine
 from qstar_kernels import resolve_impl, thought_attention
-from tensor_sizes import LargestTensor, PeakMemory
+from tensor_sizes import LargestTensor
 
 SHAPES = [
     *(Case(T=T) for T in (0, 1, 63, 111, 256)),
