@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qstar_kernels.cpu_sampling import sampling_step, thoughts_at_each_token
+
 WORKSPACE_BYTES = 4 << 20  # of one tile's scores
 TILE_QUERIES = 1024  # of a tile, by key-value head: large matrix products, and few of them
 TILE_BLOCKS = (
@@ -285,5 +287,11 @@ def cpu(
 ) -> tuple[Tensor, Tensor]:
     """See `thought_attention`; computes in fp32 (fp64 for fp64) whatever the dtype of its inputs."""
     options = _Options(scale, softcap, window, own)
+    plain = softcap is None and window is None and sinks is None
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_prefix, v_prefix))
     with torch.autocast("cpu", enabled=False):
+        if q.shape[2] == 1 and plain and not learns:  # its one query is the last slot: it sees all own keys
+            R = thoughts_at_each_token(prefix_start, prefix_end, k_prefix.shape[1])
+            if R is not None:
+                return sampling_step(q, k, v, k_prefix, v_prefix, scale, R)
         return _ThoughtAttention.apply(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)

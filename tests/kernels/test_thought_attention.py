@@ -10,6 +10,7 @@ from attention_cases import GRADIENTS, Case, absolute_errors, problem, relative_
 from qstar_bench.memory import PeakMemory
 from qstar_kernels import cpu as engine
 from qstar_kernels import resolve_impl, thought_attention
+from qstar_kernels.cpu_sampling import thoughts_at_each_token
 from tensor_sizes import LargestTensor
 
 SHAPES = [
@@ -294,6 +295,60 @@ def test_sampling_slot_by_slot_equals_all_slots_at_once():
         assert_equal(
             {"out": out[:, :, 0], "lse": lse[:, :, 0]}, {"out": whole[:, :, s], "lse": whole_lse[:, :, s]}
         )
+
+
+REGULAR = [
+    Case(B=B, N=P * R, T=T, Lq=1, Lk=Lk, Hq=H * G, Hkv=H, D=D, scattered=scattered, scale=scale)
+    for B, P, R, T, Lk, H, G, D, scattered, scale in (
+        (1, 9, 1, 9, 3, 2, 4, 8, False, None),
+        (2, 7, 3, 12, 1, 2, 2, 16, False, None),
+        (3, 5, 2, 5, 14, 1, 4, 33, False, 0.3),
+        (1, 1, 1, 1, 2, 1, 1, 1, False, None),
+        (2, 111, 1, 111, 13, 3, 1, 64, False, None),
+        (2, 7, 2, 8, 5, 2, 2, 8, True, None),
+    )
+]
+
+
+def at_each_token(case: Case, p):
+    """The problem with R blocks at each of the tokens 1 .. P, where P * R = N."""
+    R = next(R for R in (1, 2, 3) if case.N % R == 0 and case.N // R <= case.T)
+    end = torch.arange(1, case.N // R + 1).repeat_interleave(R).expand(case.B, -1)
+    return p.operands | {"prefix_end": end}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", REGULAR, ids=str)
+@torch.no_grad()
+def test_a_sampling_step_of_regular_blocks_is_exact_without_tiles(case, dtype, monkeypatch):
+    given = at_each_token(case, problem(case))
+    given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in given.items() if x is not None}
+    monkeypatch.setattr(engine, "_Problem", None)  # the tiles' own
+    options = {"scale": case.scale}
+    found = thought_attention(**given, **options, impl="cpu")
+    naive = thought_attention(**given, **options, impl="reference")
+    high = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    truth = thought_attention(**high, **options, impl="reference")
+    for ours, dense, true in zip(found, naive, truth):
+        assert ours.shape == true.shape
+        assert ours.dtype == dense.dtype
+        allowed = EXACT if dtype == torch.float64 else 2 * (dense.double() - true).abs().max() + 1e-5
+        assert (ours.double() - true).abs().max() <= allowed
+
+
+def test_only_regular_blocks_take_the_sampling_step():
+    end = torch.arange(1, 5).repeat_interleave(2).expand(3, -1)
+    zero = torch.zeros_like(end)
+    assert thoughts_at_each_token(zero, end, T=4) == 2
+    assert thoughts_at_each_token(zero, end, T=3) is None  # it cannot be: the last block sees four keys
+    assert thoughts_at_each_token(zero, end - 1, T=4) is None
+    assert thoughts_at_each_token(zero, end.flip(1), T=4) is None
+    assert thoughts_at_each_token(zero[:, :7], end[:, :7], T=4) is None
+    assert thoughts_at_each_token(zero[:, :0], end[:, :0], T=4) is None
+    late, padded = zero.clone(), end.clone()
+    late[2, 7], padded[1, 7] = 1, 0
+    assert thoughts_at_each_token(late, end, T=4) is None
+    assert thoughts_at_each_token(zero, padded, T=4) is None
 
 
 @pytest.mark.parametrize("case", [Case(B=1, N=256, T=256, Lq=4, Hq=4), Case(B=1, N=999, T=64, Lq=1)], ids=str)
