@@ -235,10 +235,9 @@ class _WeightedNLL(torch.autograd.Function):
         sums = _Gradients(ctx.needs_input_grad, hidden, head, tokens, temperature)
         for at, z in _chunks(hidden, head, rows):
             slope = sums.slope(z) if sums.needed else None
-            log_p = torch.log_softmax(_at_temperature(z, suppress, temperature), dim=1, out=z)
-            result[at] = -log_p.gather(1, tokens[at, None]).squeeze(1)
+            result[at], p = _nll_and_softmax(_at_temperature(z, suppress, temperature), tokens[at])
             if sums.needed:
-                sums.add(at, log_p.exp_(), slope, weights[at])
+                sums.add(at, p, slope, weights[at])
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(result)
@@ -254,6 +253,14 @@ class _WeightedNLL(torch.autograd.Function):
             None if bias is None else (bias * grad).to(ctx.dtypes[1]),
             *(None,) * 6,
         )
+
+
+def _nll_and_softmax(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(z)[token] [m] of z [m, V], and softmax(z) in z's place, by one exponential a logit."""
+    top, at_token = z.amax(dim=1), z.gather(1, tokens[:, None]).squeeze(1)
+    p = torch.softmax(z, dim=1, out=z)
+    # the largest probability is exp(top - lse), and never small
+    return (top - at_token) - p.amax(dim=1).log(), p
 
 
 def _at_temperature(z: Tensor, suppress: Tensor | None, temperature: float) -> Tensor:
