@@ -31,7 +31,7 @@ PRESETS: dict[str, tuple[list[Shape], tuple[str, ...]]] = {
     "cpu-small": ([SMALL.at(T=T) for T in (256, 512, 1024)], ALL),
     "paper": ([MISTRAL.at(T=T) for T in (256, 1024, 4096)], ("causal", "flex")),
     "sweep-context": ([SMALL.at(T=T) for T in (64, 128, 256, 512, 1024, 2048)], ("causal",)),
-    "sweep-length": ([SMALL.at(L=L) for L in (1, 2, 4, 8, 16, 32)], ("causal",)),
+    "sweep-length": ([SMALL.at(T=T, L=L) for T in (64, 256, 1024, 2048) for L in (1, 2, 4, 8, 16, 32)], ()),
 }
 
 
@@ -53,7 +53,9 @@ class AttentionArguments:
         default=None, metadata={"help": f"Of {', '.join(ALL)} (default: the preset's, or all)."}
     )
     rounds: int = field(default=7, metadata={"help": "Alternating rounds after the warm-up."})
-    plot: str | None = field(default=None, metadata={"help": "Draw time and memory over N * L as this PNG."})
+    plot: str | None = field(
+        default=None, metadata={"help": "Draw time and memory over the slots as this PNG."}
+    )
     json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
 
 
@@ -126,6 +128,7 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
         rows.append(
             {
                 "T": shape.T,
+                "N": problem.N,
                 "L": shape.L,
                 "candidate": name,
                 "pass": what,
@@ -134,6 +137,7 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
                 "80 %": 1e3 * high,
                 "warm-up ms": 1e3 * warm_up[name, what],
                 "GFLOP/s": runs[name, what].flops / statistics.median(found) / 1e9,
+                "memory MiB": None if memory is None else memory / 2**20,
                 "memory / q": None if memory is None else memory / q_bytes,
                 "error": errors.get(name),
             }
@@ -178,7 +182,7 @@ def main(argv: list[str]) -> int:
         print(report.table([{k: v for k, v in case.items() if v is not None} for case in cases], digits=2))
         print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if args.plot is not None:
-        plot(cases, rows, args.plot)
+        plot(rows, args.plot)
     report.last_line({"machine": machine, "cases": cases, "measurements": rows})
     return 0
 
@@ -187,30 +191,24 @@ def _short(error: float | None) -> str:
     return "" if error is None else f"{error:.1e}"
 
 
-def plot(cases: list[dict], rows: list[dict], path: str) -> None:
-    """Milliseconds and memory of forward + backward over the number of slots, N * L."""
+def plot(rows: list[dict], path: str) -> None:
+    """Milliseconds and peak memory of our forward + backward over the number of slots, a line for each T."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    slots = [case["N"] * case["L"] for case in cases]
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        both = [row["median ms"] for row in rows if (row["candidate"], row["pass"]) == (name, "both")]
-        if both:
-            time_axis.plot(slots, both, marker="o", label=name)
-    memory_axis.plot(slots, [case["extra_memory_vs_q"] for case in cases], marker="o")
-    for axis, label in (
-        (time_axis, "ms, forward + backward"),
-        (memory_axis, "peak extra memory / size of q"),
-    ):
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    both = [row for row in rows if (row["candidate"], row["pass"]) == ("ours", "both")]
+    for axis, key, label in zip(axes, ("median ms", "memory MiB"), ("ms", "peak extra memory, MiB")):
+        for T in dict.fromkeys(row["T"] for row in both):
+            points = [(row["N"] * row["L"], row[key]) for row in both if row["T"] == T]
+            axis.plot(*zip(*points), marker="o", label=f"T {T}")
+        axis.set_title(f"forward + backward: {label}")
         axis.set_xlabel("slots N * L")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
         axis.set_xscale("log", base=2)
-    time_axis.set_yscale("log", base=2)
-    memory_axis.set_ylim(bottom=0)
-    time_axis.legend()
-    figure.savefig(path, dpi=120)
+        axis.set_yscale("log", base=2)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)

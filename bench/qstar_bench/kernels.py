@@ -14,9 +14,9 @@ import torch
 from qstar_kernels.compile_gate import KERNELS, OPTIONS, TARGETS, Compiled, Gate, matrix
 from qstar_kernels.triton_tiles import CHIPS, HEAD_WIDTHS
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from qstar import report
+from qstar.cli.options import parse_options
 
 # dense bf16 TFLOP/s, TB/s, registers and threads of a processor; from the makers' data sheets
 ROOFLINE = {
@@ -135,9 +135,7 @@ def rows(gate: Gate) -> tuple[list[dict], list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    (args,) = HfArgumentParser(KernelArguments, prog="qstar bench kernels").parse_args_into_dataclasses(
-        args=argv
-    )
+    (args,) = parse_options(KernelArguments, argv, prog="qstar bench kernels")
     table: list[dict] = []
     complaints: list[str] = []
     for gate in tqdm(gates(args), desc="kernels", disable=args.json):
