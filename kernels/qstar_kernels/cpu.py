@@ -36,7 +36,9 @@ def tile_sizes(B: int, N: int, H: int, W: int, C: int, itemsize: int) -> tuple[i
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
+    """See `thought_attention`."""
+
     scale: float
     softcap: float | None
     window: int | None
@@ -59,7 +61,7 @@ class _Tile:
 class _Problem:
     """The operands in the dtype that is computed in; all but the prefix are gathered tile by tile."""
 
-    def __init__(self, q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options: _Options):
+    def __init__(self, q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options: Options):
         self.q, self.k, self.v, self.options = q, k, v, options
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.B, self.N, self.Lq, Hq, self.D = q.shape
@@ -209,69 +211,7 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-class _ThoughtAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options):
-        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)
-        q, k, v, out_by_head, lse_by_head = map(problem.by_head, (q, k, v, out, lse))
-        for tile in problem.tiles():
-            tile_q = problem.gather("q", q, tile).mul_(options.scale)
-            scores, _ = problem.scores(tile, tile_q, problem.gather("own k", k, tile))
-            top = scores.amax(dim=-1)
-            p = torch.softmax(scores, dim=-1, out=scores)
-            # the largest probability is exp(top - lse)
-            tile_lse = top.sub_(p.amax(dim=-1).log_()).view(*tile_q.shape[:-1], 1)
-            lse_by_head[:, tile.rows, tile.blocks] = tile_lse
-            tile_out = problem.weighted(tile, p, problem.gather("own v", v, tile), problem.v_prefix)
-            out_by_head[:, tile.rows, tile.blocks] = tile_out
-        return out, lse.squeeze(-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse):
-        # read once: under checkpointing that is all it allows
-        q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start = ctx.saved_tensors
-        problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, ctx.options)
-        if d_out is None:
-            d_out = torch.zeros((), dtype=q.dtype).expand(q.shape)
-        d_lse = None if d_lse is None else problem.by_head(d_lse[..., None])
-        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        q, k, v, d_out, dq, dk, dv = map(problem.by_head, (q, k, v, d_out, *gradients))
-        dk_prefix, dv_prefix = (torch.zeros_like(x) for x in (problem.k_prefix, problem.v_prefix))
-        d_sinks = None if problem.sinks is None else torch.zeros(problem.H, problem.G, dtype=problem.dtype)
-        for tile in problem.tiles():
-            tile_q = problem.gather("q", q, tile).mul_(ctx.options.scale)
-            tile_d_out = problem.gather("d_out", d_out, tile)
-            tile_k, tile_v = problem.gather("own k", k, tile), problem.gather("own v", v, tile)
-            scores, slope = problem.scores(tile, tile_q, tile_k)
-            p = torch.softmax(scores, dim=-1, out=scores)
-            problem.accumulate(tile, p, tile_d_out, dv, dv_prefix)
-            dp = problem.products("dp", tile, tile_d_out, tile_v, problem.v_prefix)
-            if d_sinks is not None:
-                dp[..., -1] = 0  # a sink has no value
-            ds = dp.mul_(p)
-            delta = ds.sum(dim=-1, keepdim=True)
-            if d_lse is not None:
-                delta -= problem.gather("d_lse", d_lse, tile).view(delta.shape)
-            ds.addcmul_(p, delta, value=-1)
-            if d_sinks is not None:
-                d_sinks += ds[..., -1].reshape(*tile_q.shape[:-1]).sum((1, 2, 3))
-            if slope is not None:
-                ds.mul_(slope)
-            tile_dq = problem.weighted(tile, ds, tile_k, problem.k_prefix)
-            dq[:, tile.rows, tile.blocks] = tile_dq.mul_(ctx.options.scale)
-            problem.accumulate(tile, ds, tile_q, dk, dk_prefix)
-        gradients += [x.permute(1, 2, 0, 3).to(q.dtype) for x in (dk_prefix, dv_prefix)]
-        d_sinks = None if d_sinks is None else d_sinks.flatten().to(q.dtype)
-        return *gradients, d_sinks, None, None, None
-
-
-def cpu(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -279,19 +219,76 @@ def cpu(
     v_prefix: Tensor,
     prefix_end: Tensor,
     prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
     sinks: Tensor | None,
-    own: str,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """See `thought_attention`; computes in fp32 (fp64 for fp64) whatever the dtype of its inputs."""
-    options = _Options(scale, softcap, window, own)
-    plain = softcap is None and window is None and sinks is None
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_prefix, v_prefix))
-    with torch.autocast("cpu", enabled=False):
-        if q.shape[2] == 1 and plain and not learns:  # its one query is the last slot: it sees all own keys
-            R = thoughts_at_each_token(prefix_start, prefix_end, k_prefix.shape[1])
-            if R is not None:
-                return sampling_step(q, k, v, k_prefix, v_prefix, scale, R)
-        return _ThoughtAttention.apply(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
+    """out and lse of the operator."""
+    if q.shape[2] == 1 and options.softcap is None and options.window is None and sinks is None:
+        # its one query is the last slot: it sees all own keys
+        R = thoughts_at_each_token(prefix_start, prefix_end, k_prefix.shape[1])
+        if R is not None:
+            return sampling_step(q, k, v, k_prefix, v_prefix, options.scale, R)
+    problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)
+    q, k, v, out_by_head, lse_by_head = map(problem.by_head, (q, k, v, out, lse))
+    for tile in problem.tiles():
+        tile_q = problem.gather("q", q, tile).mul_(options.scale)
+        scores, _ = problem.scores(tile, tile_q, problem.gather("own k", k, tile))
+        top = scores.amax(dim=-1)
+        p = torch.softmax(scores, dim=-1, out=scores)
+        # the largest probability is exp(top - lse)
+        tile_lse = top.sub_(p.amax(dim=-1).log_()).view(*tile_q.shape[:-1], 1)
+        lse_by_head[:, tile.rows, tile.blocks] = tile_lse
+        tile_out = problem.weighted(tile, p, problem.gather("own v", v, tile), problem.v_prefix)
+        out_by_head[:, tile.rows, tile.blocks] = tile_out
+    return out, lse.squeeze(-1)
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_end: Tensor,
+    prefix_start: Tensor,
+    sinks: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dk_prefix, dv_prefix, dsinks."""
+    problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
+    d_lse = problem.by_head(d_lse[..., None])
+    gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    q, k, v, d_out, dq, dk, dv = map(problem.by_head, (q, k, v, d_out, *gradients))
+    dk_prefix, dv_prefix = (torch.zeros_like(x) for x in (problem.k_prefix, problem.v_prefix))
+    d_sinks = None if problem.sinks is None else torch.zeros(problem.H, problem.G, dtype=problem.dtype)
+    for tile in problem.tiles():
+        tile_q = problem.gather("q", q, tile).mul_(options.scale)
+        tile_d_out = problem.gather("d_out", d_out, tile)
+        tile_k, tile_v = problem.gather("own k", k, tile), problem.gather("own v", v, tile)
+        scores, slope = problem.scores(tile, tile_q, tile_k)
+        p = torch.softmax(scores, dim=-1, out=scores)
+        problem.accumulate(tile, p, tile_d_out, dv, dv_prefix)
+        dp = problem.products("dp", tile, tile_d_out, tile_v, problem.v_prefix)
+        if d_sinks is not None:
+            dp[..., -1] = 0  # a sink has no value
+        ds = dp.mul_(p)
+        delta = ds.sum(dim=-1, keepdim=True)
+        delta -= problem.gather("d_lse", d_lse, tile).view(delta.shape)
+        ds.addcmul_(p, delta, value=-1)
+        if d_sinks is not None:
+            d_sinks += ds[..., -1].reshape(*tile_q.shape[:-1]).sum((1, 2, 3))
+        if slope is not None:
+            ds.mul_(slope)
+        tile_dq = problem.weighted(tile, ds, tile_k, problem.k_prefix)
+        dq[:, tile.rows, tile.blocks] = tile_dq.mul_(options.scale)
+        problem.accumulate(tile, ds, tile_q, dk, dk_prefix)
+    dq, dk, dv = gradients
+    dk_prefix, dv_prefix = (
+        x.permute(1, 2, 0, 3).to(q.dtype, copy=True, memory_format=torch.contiguous_format)
+        for x in (dk_prefix, dv_prefix)
+    )
+    return dq, dk, dv, dk_prefix, dv_prefix, None if d_sinks is None else d_sinks.flatten().to(q.dtype)

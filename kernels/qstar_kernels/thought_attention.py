@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
-from qstar_kernels.cpu import cpu
+from qstar_kernels.cpu_attention import cpu_attention
 from qstar_kernels.reference import reference
 
 
@@ -21,7 +22,7 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference,
-    "cpu": cpu,
+    "cpu": cpu_attention,
     "triton": _triton,
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +84,7 @@ def thought_attention(
         k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
         prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
             block has start = end. Out-of-range values raise on a CPU; on a GPU, which would have to be
-            waited for, and under torch.compile they are not looked at.
+            waited for, under torch.compile and of fake tensors they are not looked at.
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
@@ -107,7 +108,7 @@ def thought_attention(
 
 
 def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own) -> None:
-    def require(holds: bool, name: str, found: object, allowed: str) -> None:
+    def require(holds: bool, name: str, found: object, allowed: object) -> None:
         if not holds:
             raise ValueError(f"{name} = {found}: must be {allowed}")
 
@@ -125,7 +126,7 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
         ("prefix_start", prefix_start, (B, N)),
         *((("sinks", sinks, (Hq,)),) if sinks is not None else ()),
     ):
-        require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), str(shape))
+        require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), shape)
         require(x.device == q.device, f"{name}.device", x.device, f"that of q, {q.device}")
     require(q.dtype in DTYPES, "q.dtype", q.dtype, f"one of {DTYPES}")
     for name, x in (("k", k), ("v", v), ("k_prefix", k_prefix), ("v_prefix", v_prefix)):
@@ -138,6 +139,8 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
     require(window is None or window > 0, "window", window, "positive or None")
     require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
     if q.device.type == "cpu" and prefix_end.numel() and not torch.compiler.is_compiling():
+        if detect_fake_mode((q, prefix_end)) is not None:
+            return
         start, end = prefix_start.flatten(), prefix_end.flatten()
         require(int(end.max()) <= T, "prefix_end", int(end.max()), f"at most {T} prefix keys")
         require(int(start.min()) >= 0, "prefix_start", int(start.min()), "at least 0")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import GRADIENTS, Case, absolute_errors, problem, relative_errors, run
-from qstar_bench.memory import PeakMemory
+from qstar_bench.memory import peak_bytes
 from qstar_kernels import cpu as engine
 from qstar_kernels import resolve_impl, thought_attention
 from qstar_kernels.cpu_sampling import thoughts_at_each_token
@@ -357,8 +357,11 @@ def test_no_dense_mask_the_largest_tensor_is_an_operand_or_the_workspace(case, m
     monkeypatch.setattr(engine, "WORKSPACE_BYTES", workspace)
     p = problem(case, torch.float32)
     dense = case.N * case.Lq * case.Hq * (case.T + case.Lq)
-    with LargestTensor() as seen:
-        run(p, impl="cpu")
+    inputs = *p.operands.values(), p.ranges["prefix_end"], p.ranges["prefix_start"], None
+    options = engine.Options(scale=1.0, softcap=None, window=None, own="causal")
+    with LargestTensor() as seen:  # it does not look into an operator: the engine itself
+        engine.forward(*inputs, options)
+        engine.backward(p.d_out, p.d_lse, *inputs, options)
     allowed = max(p.operands["q"].numel(), p.operands["k_prefix"].numel(), workspace // 4)
     assert seen.elements <= allowed < dense / 4
     with LargestTensor() as seen:
@@ -369,15 +372,10 @@ def test_no_dense_mask_the_largest_tensor_is_an_operand_or_the_workspace(case, m
 def test_forward_and_backward_hold_at_most_four_times_q_with_outputs_and_gradients():
     # scratch memory that was made again for every wider tile, and never freed, once made this 7.5
     p = problem(Case(B=1, N=256, T=256, Lq=14, Hq=8, D=64), torch.float32)
-    with PeakMemory() as seen:
-        results = run(p, impl="cpu")
     q = p.operands["q"].nbytes
-    assert sum(x.nbytes for x in results.values()) < seen.peak <= 4 * q
-    with PeakMemory() as seen:
-        kept = [torch.ones(q // 4) for _ in range(3)]
-        torch.ones(q // 4).add_(1)
-        torch.ones(q // 4)
-    assert seen.peak == 4 * q and len(kept) == 3  # so the instrument sees what lives, and what is freed
+    results: dict = {}
+    peak = peak_bytes(lambda: results.update(run(p, impl="cpu")), "cpu")
+    assert sum(x.nbytes for x in results.values()) < peak <= 4 * q
 
 
 @pytest.mark.parametrize(
@@ -450,7 +448,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     leaves = {name: x.requires_grad_() for name, x in p.operands.items()}
     out, _ = thought_attention(**leaves, **p.options, impl="cpu")
     (dq,) = torch.autograd.grad(out.square().sum(), leaves["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         dq.sum().backward()
 
 
