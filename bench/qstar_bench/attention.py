@@ -139,7 +139,7 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
                 "GFLOP/s": runs[name, what].flops / statistics.median(found) / 1e9,
                 "memory MiB": None if memory is None else memory / 2**20,
                 "memory / q": None if memory is None else memory / q_bytes,
-                "error": errors.get(name),
+                "error * 1e6": None if name not in errors else 1e6 * errors[name],
             }
         )
 
@@ -178,17 +178,13 @@ def main(argv: list[str]) -> int:
         "ours": resolved,
     }
     if not args.json:
-        print(report.table([row | {"error": _short(row["error"])} for row in rows], digits=2))
+        print(report.table(rows, digits=2))
         print(report.table([{k: v for k, v in case.items() if v is not None} for case in cases], digits=2))
         print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if args.plot is not None:
         plot(rows, args.plot)
     report.last_line({"machine": machine, "cases": cases, "measurements": rows})
     return 0
-
-
-def _short(error: float | None) -> str:
-    return "" if error is None else f"{error:.1e}"
 
 
 def plot(rows: list[dict], path: str) -> None:
