@@ -8,8 +8,7 @@ the rounds of one round's ratio: what slows the machine for a while slows both s
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,6 +20,7 @@ from qstar import report
 from qstar.cli.options import parse_options
 from qstar_bench.attention_candidates import Candidate, Problem, Shape, candidates
 from qstar_bench.memory import peak_bytes
+from qstar_bench.timing import timed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Shape(T=256, L=14, R=1, Hq=8, Hkv=2, D=64)
@@ -80,17 +80,6 @@ def shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:
     return found, tuple(args.baseline or baselines)
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of one call, the device waited for."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def check(name: str, problem: Problem, out: Tensor, naive_error: float) -> float:
     """The largest error of an output on some blocks. Raises RuntimeError when it is more than twice that of
     the dense mask in the same dtype plus 1e-5 (flash-attention's rule)."""
@@ -110,16 +99,16 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
         key = candidate.name, candidate.what
         bar.set_postfix_str(f"T {shape.T} L {shape.L}: {' '.join(key)}")
         runs[key] = candidate
-        warm_up[key] = seconds(candidate.run, args.device)
-        if candidate.out is not None:
-            errors[candidate.name] = check(candidate.name, problem, candidate.out(), naive_error)
+        warm_up[key], result = timed(candidate.run, args.device)
+        if candidate.gives_out:
+            errors[candidate.name] = check(candidate.name, problem, result, naive_error)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for i in range(args.rounds):
         for key, candidate in runs.items():
             # the dense mask takes minutes where the others take a second: its rounds are fewer
-            if candidate.name != "dense" or i < max(1, min(args.rounds, 3 * 512 // shape.T)):
+            if candidate.name != "dense" or i < max(1, 3 * 512 // shape.T):
                 bar.set_postfix_str(f"T {shape.T} L {shape.L}: round {i + 1}, {' '.join(key)}")
-                times[key].append(seconds(candidate.run, args.device))
+                times[key].append(timed(candidate.run, args.device)[0])
     q_bytes = problem.q.numel() * problem.q.element_size()
     rows = []
     for (name, what), found in times.items():

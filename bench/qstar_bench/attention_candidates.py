@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from qstar_kernels import thought_attention
@@ -81,13 +82,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """run(): one timed call. out(): the output like q, where the candidate computes the whole operator."""
+    """run(): one timed call; gives_out: what it returns is the operator's whole output, like q."""
 
     name: str
     what: str
-    run: Callable[[], object]
+    run: Callable[[], Any]
     flops: float
-    out: Callable[[], Tensor] | None = None
+    gives_out: bool = False
 
 
 def candidates(problem: Problem, impl: str, baselines: tuple[str, ...]) -> Iterator[Candidate]:
@@ -104,8 +105,7 @@ def candidates(problem: Problem, impl: str, baselines: tuple[str, ...]) -> Itera
         makers["flex"] = _flex(problem), problem.leaves, prefix + own
     for name in ("ours", *baselines):
         forward, leaves, pairs = makers[name]
-        whole = None if name == "causal" else forward
-        yield Candidate(name, "forward", torch.no_grad()(forward), 2 * product * pairs, whole)
+        yield Candidate(name, "forward", torch.no_grad()(forward), 2 * product * pairs, name != "causal")
         if name != "flex" or problem.q.is_cuda:
             # the backward has five products: the scores are made again
             yield Candidate(name, "both", _both(problem, forward, leaves), 7 * product * pairs)
@@ -159,8 +159,8 @@ def _causal(problem: Problem, slots: int | None = None) -> tuple[Callable[[], Te
     return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), (q, k, v)
 
 
-def _rows(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [1, Hq, N * L, D]; keys and values [1, Hkv, T + N * L, D]; the mask's rule over their indices."""
+def _rows(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """q [1, Hq, N * L, D]; keys and values [1, Hkv, T + N * L, D]."""
     p = problem
 
     def joined(prefix: Tensor, own: Tensor) -> Tensor:
@@ -170,7 +170,6 @@ def _rows(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         p.q.flatten(1, 2).transpose(1, 2),
         joined(p.k_prefix, p.k),
         joined(p.v_prefix, p.v),
-        p.prefix_end[0],
     )
 
 
@@ -185,7 +184,7 @@ def _dense(problem: Problem) -> Callable[[], Tensor]:
             own = key - s.T
             sees_own = (own >= 0) & (own // s.L == row // s.L) & (own <= row)
             mask.append(((key < s.T) & (key < problem.prefix_end[0][row // s.L])) | sees_own)
-        q, k, v, _ = _rows(problem)
+        q, k, v = _rows(problem)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask[0], enable_gqa=True)
         return out.transpose(1, 2).reshape(problem.q.shape)
 
@@ -208,7 +207,7 @@ def _flex(problem: Problem) -> Callable[[], Tensor]:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward() -> Tensor:
-        q, k, v, _ = _rows(problem)
+        q, k, v = _rows(problem)
         if not q.is_cuda:
             q, k, v = (x.detach() for x in (q, k, v))
         out = compiled(q, k, v, block_mask=block_mask, enable_gqa=True)

@@ -13,8 +13,8 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import torch
 from qstar_kernels import resolve_impl
@@ -23,6 +23,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from qstar import QuietStarConfig, QuietStarForCausalLM, report
 from qstar.cli.options import parse_options
+from qstar_bench.timing import timed
 
 
 @dataclass
@@ -81,18 +82,13 @@ def build(args: StepArguments, impl: str) -> tuple[QuietStarForCausalLM, torch.T
 def work(args: StepArguments, impl: str) -> dict:
     """One round in this process: warm-up apart, every step's seconds, and the peak memory in GiB."""
     model, text = build(args, impl)
-    cuda = args.device == "cuda"
-    seconds = []
-    for step in range(args.steps + 1):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+
+    def one(step: int) -> None:
         model(text, generator=torch.Generator(args.device).manual_seed(step)).loss.backward()
         model.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else _resident_gib()
+
+    seconds = [timed(partial(one, step), args.device)[0] for step in range(args.steps + 1)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else _resident_gib()
     return {"impl": impl, "warm_up_s": seconds[0], "step_s": seconds[1:], "peak_gib": peak}
 
 

@@ -1,6 +1,6 @@
 """The sampling step of regular blocks on a CPU: plain causal attention and a small own part, no tiles.
 
-One query slot of every block, R blocks at each of the tokens 1 .. P, no gradient: with the R blocks folded
+One query slot of every block, R blocks at each of the tokens 1 .. P, forward only: with the R blocks folded
 into the query heads of their group, the prefix part is square causal attention, which torch's own operator
 does with its log-sum-exp; so are the own slots, each block a batch of its own. The log-sum-exps merge the two
 parts exactly. Legend as in cpu.py.

@@ -47,12 +47,12 @@ def test_several_thoughts_at_a_token_and_a_baseline_that_is_not_asked_for(capsys
 def test_a_wrong_output_is_never_timed():
     problem = Problem(Shape(T=9, L=2, R=1, Hq=2, Hkv=1, D=8), torch.float32, "cpu")
     ours = next(iter(candidates(problem, "cpu", ())))
-    assert ours.out is not None
-    check("ours", problem, ours.out(), problem.naive_error())
+    assert ours.gives_out
+    check("ours", problem, ours.run(), problem.naive_error())
     with pytest.raises(RuntimeError, match="ours: error"):
-        check("ours", problem, ours.out() + 1e-3, problem.naive_error())
+        check("ours", problem, ours.run() + 1e-3, problem.naive_error())
     with pytest.raises(RuntimeError, match="error nan"):
-        check("ours", problem, ours.out() * torch.nan, problem.naive_error())
+        check("ours", problem, ours.run() * torch.nan, problem.naive_error())
 
 
 def test_the_causal_baseline_is_the_prefix_part_of_the_operator():
@@ -65,7 +65,7 @@ def test_the_causal_baseline_is_the_prefix_part_of_the_operator():
     causal = next(c for c in candidates(problem, "cpu", ("causal",)) if c.name == "causal")
     out = causal.run().view(2, 2, 2, 3, 7, 8)  # [Hkv, G, R, L, T, D]
     out = out.permute(4, 2, 3, 0, 1, 5).reshape(1, 14, 3, 4, 8)
-    ours = next(iter(candidates(problem, "reference", ()))).out()
+    ours = next(iter(candidates(problem, "reference", ()))).run()
     torch.testing.assert_close(out, ours)
 
 
