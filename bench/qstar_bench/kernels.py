@@ -7,7 +7,9 @@ FLOPs / peak and bytes / bandwidth of the chip's data sheet.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -38,6 +40,7 @@ class KernelArguments:
     dtype: list[str] = field(default_factory=lambda: ["bfloat16"], metadata={"help": "bfloat16, float16."})
     option: list[str] = field(default_factory=lambda: ["plain"], metadata={"help": "Options."})
     whole: bool = field(default=False, metadata={"help": "The whole matrix, whatever else is given."})
+    jobs: int = field(default=1, metadata={"help": "Processes that compile."})
     json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
 
 
@@ -53,6 +56,8 @@ def gates(args: KernelArguments) -> list[Gate]:
         for x in found:
             if x not in allowed:
                 raise ValueError(f"{name} = {x}: must be one of {', '.join(map(str, allowed))}")
+    if args.jobs < 1:
+        raise ValueError(f"jobs = {args.jobs}: must be at least 1")
     wanted = [
         gate
         for gate in matrix()
@@ -138,10 +143,13 @@ def main(argv: list[str]) -> int:
     (args,) = parse_options(KernelArguments, argv, prog="qstar bench kernels")
     table: list[dict] = []
     complaints: list[str] = []
-    for gate in tqdm(gates(args), desc="kernels", disable=args.json):
-        found, wrong = rows(gate)
-        table += found
-        complaints += wrong
+    wanted = gates(args)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found, wrong in tqdm(
+            pool.map(rows, wanted), desc="kernels", total=len(wanted), disable=args.json
+        ):
+            table += found
+            complaints += wrong
     if not args.json:
         print(report.table(table, digits=1))
         print("B 1, T = N = 1024, L 14 (own_keys 40), 8 key-value heads; model us: a roofline, not measured.")

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qstar_kernels.triton_backward import delta_launch, rows_launch
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
@@ -129,7 +130,7 @@ def matrix() -> list[Gate]:
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel became on one chip. registers, stack: per thread, -1 where the tool does not say;
-    shared: bytes of one program."""
+    shared: bytes of one program; bulk_copies: instructions that copy by descriptor, None where none is due."""
 
     kernel: str
     chip: str
@@ -138,12 +139,15 @@ class Compiled:
     shared: int
     registers: int
     stack: int
+    bulk_copies: int | None = None
 
     def complaints(self, spills_allowed: bool, tensor_cores: bool) -> list[str]:
         """Why this kernel must not ship; empty when it may."""
         found = []
         if tensor_cores and not self.tensor_core_instructions:
             found.append(f"no {TENSOR_CORES[self.chip]} instruction")
+        if self.bulk_copies == 0:
+            found.append("no cp.async.bulk.tensor instruction, though the prefix comes by descriptors")
         if self.shared > CHIPS[self.chip].shared:
             found.append(f"{self.shared} bytes of shared memory, the chip has {CHIPS[self.chip].shared}")
         if self.stack > 0 and not spills_allowed:
@@ -158,6 +162,9 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
         name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             types[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            types[name] = f"tensordesc<{element}{value.block_shape}>"
         elif isinstance(value, Tensor):
             types[name] = TYPES[value.dtype]
             attributes[(i_parameter,)] = [["tt.divisibility", 16]]
@@ -185,6 +192,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
         shared=binary.metadata.shared,
         registers=registers,
         stack=stack,
+        bulk_copies=assembly.count("cp.async.bulk.tensor") if launch.arguments.get("TMA") else None,
     )
 
 

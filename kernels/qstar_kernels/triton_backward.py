@@ -20,8 +20,10 @@ from qstar_kernels.triton_rows import (
     capped,
     chip_of,
     key_tiles,
+    load_own,
+    load_prefix,
     load_tile,
-    own_seen,
+    prefix_operands,
     row_ranges,
     store_tile,
 )
@@ -70,6 +72,7 @@ def thought_backward_rows(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OWN: tl.constexpr,
     TILE_ROWS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks see the most keys: they start first
     i_batch, i_head = tl.program_id(1) // H, tl.program_id(1) % H
@@ -89,8 +92,6 @@ def thought_backward_rows(
     row_delta = tl.load(delta + o_row, mask=m_row, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], HIGH)
 
-    p_k = k + i_batch.to(tl.int64) * s_k_batch + i_head.to(tl.int64) * s_k_head
-    p_v = v + i_batch.to(tl.int64) * s_v_batch + i_head.to(tl.int64) * s_v_head
     first_row = i_tile * TILE_ROWS
     last_token = (tl.minimum(first_row + TILE_ROWS, N * Lq * G) - 1) // G
     own_first = first_row // G // Lq * Lk
@@ -99,38 +100,35 @@ def thought_backward_rows(
         own_last += last_token % Lq + 1 - Lq
     for o_own in tl.range(own_first, own_last, BLOCK_OWN, num_stages=1):
         i_own = o_own + tl.arange(0, BLOCK_OWN)
-        i_key_block, i_key_slot = i_own // Lk, i_own % Lk
-        m_own = i_own < own_last
-        o_k = i_key_block.to(tl.int64) * s_k_block + i_key_slot.to(tl.int64) * s_k_slot
-        o_v = i_key_block.to(tl.int64) * s_v_block + i_key_slot.to(tl.int64) * s_v_slot
-        b_k = load_tile(p_k, o_k, 1, m_own, D, BLOCK_D)  # [BLOCK_OWN, D]
-        b_v = load_tile(p_v, o_v, 1, m_own, D, BLOCK_D)
+        b_k, b_v, m_seen = load_own(
+            k, v, i_own, own_last, i_block, i_slot, i_batch, i_head,
+            s_k_batch, s_k_block, s_k_slot, s_k_head, s_v_batch, s_v_block, s_v_slot, s_v_head, Lk,
+            D, BLOCK_D, CAUSAL, WINDOW,
+        )  # fmt: skip
         p, dp = _probability(
             b_q, b_k, b_v, b_d_out, row_lse, row_delta, SCALE, SOFTCAP, EXPONENT, HIGH, PRECISION
         )
-        m_seen = own_seen(
-            i_block[:, None], i_slot[:, None], i_key_block[None, :], i_key_slot[None, :], m_own[None, :],
-            CAUSAL, WINDOW,
-        )  # fmt: skip
         p = tl.where(m_seen, p, 0.0)
         ds = (p * dp).to(b_k.dtype)
         acc = tl.dot(ds, b_k, acc, input_precision=PRECISION, out_dtype=HIGH)
         if WHOLE_BLOCKS:
+            m_own = i_own < own_last
             o_own_row = (i_batch.to(tl.int64) * N * Lk + i_own) * H + i_head
             b_dv = tl.dot(tl.trans(p.to(b_k.dtype)), b_d_out, input_precision=PRECISION, out_dtype=HIGH)
             store_tile(dv, o_own_row, D, m_own, b_dv, D, BLOCK_D)  # [BLOCK_OWN, D]
             b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION, out_dtype=HIGH)
             store_tile(dk, o_own_row, D, m_own, b_dk * SCALE, D, BLOCK_D)
 
-    p_k = k_prefix + i_batch.to(tl.int64) * s_kp_batch + i_head.to(tl.int64) * s_kp_head
-    p_v = v_prefix + i_batch.to(tl.int64) * s_vp_batch + i_head.to(tl.int64) * s_vp_head
     first, whole, whole_end, last = key_tiles(lower, upper, m_row, BLOCK_N)
     skipped = whole_end - whole
     for i_masked in tl.range(first, last - skipped):
         i_key_tile = tl.where(i_masked < whole, i_masked, i_masked + skipped)
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, i_key < T, D, BLOCK_D)  # [BLOCK_N, D]
-        b_v = load_tile(p_v, i_key, s_vp_key, i_key < T, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        i_key = o_key + tl.arange(0, BLOCK_N)
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         p, dp = _probability(
             b_q, b_k, b_v, b_d_out, row_lse, row_delta, SCALE, SOFTCAP, EXPONENT, HIGH, PRECISION
         )
@@ -138,9 +136,11 @@ def thought_backward_rows(
         ds = (tl.where(m_seen, p, 0.0) * dp).to(b_k.dtype)
         acc = tl.dot(ds, b_k, acc, input_precision=PRECISION, out_dtype=HIGH)
     for i_key_tile in tl.range(whole, whole_end):
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, None, D, BLOCK_D)
-        b_v = load_tile(p_v, i_key, s_vp_key, None, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         p, dp = _probability(
             b_q, b_k, b_v, b_d_out, row_lse, row_delta, SCALE, SOFTCAP, EXPONENT, HIGH, PRECISION
         )
@@ -192,10 +192,10 @@ def rows_launch(
     B, N, Lq, Hq, D = q.shape
     H, Lk = k.shape[3], k.shape[2]
     G = Hq // H
-    tile = tile or backward_tile(
-        D=D, itemsize=q.element_size(), G=G, Lq=Lq, Lk=Lk, N=N, chip=chip or chip_of(q)
-    )
-    arguments = common_arguments(q, k, v, k_prefix, v_prefix) | {
+    chip = chip or chip_of(q)
+    tile = tile or backward_tile(D=D, itemsize=q.element_size(), G=G, Lq=Lq, Lk=Lk, N=N, chip=chip)
+    arguments = common_arguments(q, k, v, k_prefix, v_prefix)
+    arguments |= prefix_operands(arguments["k_prefix"], arguments["v_prefix"], tile, chip) | {
         "prefix_start": prefix_start.contiguous(),
         "prefix_end": prefix_end.contiguous(),
         "d_out": d_out,

@@ -216,7 +216,7 @@ def keys_launch(
         "SCALE": scale,
         "SOFTCAP": softcap,
         "WINDOW": window,
-        "CAUSAL": own == "causal",
+        "CAUSAL": own == "causal" and own_slots,  # of the prefix, one kernel for both
         "BLOCK_M": tile.BLOCK_M,
         "BLOCK_N": tile.BLOCK_N,
         "BLOCK_D": tile.BLOCK_D,

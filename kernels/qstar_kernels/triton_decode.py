@@ -22,7 +22,9 @@ from qstar_kernels.triton_rows import (
     capped,
     chip_of,
     key_tiles,
+    load_prefix,
     load_tile,
+    prefix_operands,
     row_ranges,
     store_tile,
 )
@@ -43,6 +45,7 @@ def thought_decode(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_split = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     i_batch, i_head = tl.program_id(1) // H, tl.program_id(1) % H
@@ -84,8 +87,6 @@ def thought_decode(
         total, top = total * decay + p, new_top
         acc = acc * decay[:, None] + p[:, None] * b_v
 
-    p_k = k_prefix + i_batch.to(tl.int64) * s_kp_batch + i_head.to(tl.int64) * s_kp_head
-    p_v = v_prefix + i_batch.to(tl.int64) * s_vp_batch + i_head.to(tl.int64) * s_vp_head
     first, whole, whole_end, last = key_tiles(lower, upper, m_row, BLOCK_N)
     if SPLIT > 1:
         share = (last - first + SPLIT - 1) // SPLIT
@@ -95,17 +96,22 @@ def thought_decode(
     skipped = whole_end - whole
     for i_masked in tl.range(first, last - skipped):
         i_key_tile = tl.where(i_masked < whole, i_masked, i_masked + skipped)
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, i_key < T, D, BLOCK_D)  # [BLOCK_N, D]
-        b_v = load_tile(p_v, i_key, s_vp_key, i_key < T, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        i_key = o_key + tl.arange(0, BLOCK_N)
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, BLOCK_N]
         m_seen = (i_key[None, :] >= lower[:, None]) & (i_key[None, :] < upper[:, None])
         s = tl.where(m_seen, capped(s, SCALE, SOFTCAP), float("-inf"))
         acc, total, top = update(s, b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
     for i_key_tile in tl.range(whole, whole_end):
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, None, D, BLOCK_D)
-        b_v = load_tile(p_v, i_key, s_vp_key, None, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)
         acc, total, top = update(capped(s, SCALE, SOFTCAP), b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
 
@@ -162,15 +168,15 @@ def decode_launches(
     B, N, _, Hq, D = q.shape
     H, T = k.shape[3], k_prefix.shape[1]
     G = Hq // H
-    tile = tile or decode_tile(
-        D=D, itemsize=q.element_size(), G=G, T=T, N=N, heads=B * H, chip=chip or chip_of(q)
-    )
+    chip = chip or chip_of(q)
+    tile = tile or decode_tile(D=D, itemsize=q.element_size(), G=G, T=T, N=N, heads=B * H, chip=chip)
     part_out, part_lse = out, lse
     if tile.SPLIT > 1:
         part_out, part_lse = (
             torch.empty(tile.SPLIT, *x.shape, dtype=lse.dtype, device=x.device) for x in (out, lse)
         )
-    arguments = common_arguments(q, k, v, k_prefix, v_prefix) | {
+    arguments = common_arguments(q, k, v, k_prefix, v_prefix)
+    arguments |= prefix_operands(arguments["k_prefix"], arguments["v_prefix"], tile, chip) | {
         "prefix_start": prefix_start.contiguous(),
         "prefix_end": prefix_end.contiguous(),
         "sinks": sinks,

@@ -7,6 +7,8 @@ width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,9 +22,11 @@ from qstar_kernels.triton_rows import (
     capped,
     chip_of,
     key_tiles,
+    load_own,
+    load_prefix,
     load_tile,
-    own_seen,
     precision_of,
+    prefix_operands,
     row_ranges,
     store_tile,
 )
@@ -53,6 +57,7 @@ def thought_forward(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OWN: tl.constexpr,
     TILE_ROWS: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks see the most keys: they start first
     i_batch, i_head = tl.program_id(1) // H, tl.program_id(1) % H
@@ -76,8 +81,6 @@ def thought_forward(
         total = tl.zeros([BLOCK_M], HIGH)
 
     # own keys, numbered through the blocks: from the first row's block up to the last row's slot
-    p_k = k + i_batch.to(tl.int64) * s_k_batch + i_head.to(tl.int64) * s_k_head
-    p_v = v + i_batch.to(tl.int64) * s_v_batch + i_head.to(tl.int64) * s_v_head
     first_row = i_tile * TILE_ROWS
     last_token = (tl.minimum(first_row + TILE_ROWS, N * Lq * G) - 1) // G
     own_first = first_row // G // Lq * Lk
@@ -86,37 +89,35 @@ def thought_forward(
         own_last += last_token % Lq + 1 - Lq
     for o_own in tl.range(own_first, own_last, BLOCK_OWN, num_stages=1):
         i_own = o_own + tl.arange(0, BLOCK_OWN)
-        i_key_block, i_key_slot = i_own // Lk, i_own % Lk
-        m_own = i_own < own_last
-        o_k = i_key_block.to(tl.int64) * s_k_block + i_key_slot.to(tl.int64) * s_k_slot
-        o_v = i_key_block.to(tl.int64) * s_v_block + i_key_slot.to(tl.int64) * s_v_slot
-        b_k = load_tile(p_k, o_k, 1, m_own, D, BLOCK_D)  # [BLOCK_OWN, D]
-        b_v = load_tile(p_v, o_v, 1, m_own, D, BLOCK_D)
-        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, BLOCK_OWN]
-        m_seen = own_seen(
-            i_block[:, None], i_slot[:, None], i_key_block[None, :], i_key_slot[None, :], m_own[None, :],
-            CAUSAL, WINDOW,
+        b_k, b_v, m_seen = load_own(
+            k, v, i_own, own_last, i_block, i_slot, i_batch, i_head,
+            s_k_batch, s_k_block, s_k_slot, s_k_head, s_v_batch, s_v_block, s_v_slot, s_v_head, Lk,
+            D, BLOCK_D, CAUSAL, WINDOW,
         )  # fmt: skip
+        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, BLOCK_OWN]
         s = tl.where(m_seen, capped(s, SCALE, SOFTCAP), float("-inf"))
         acc, total, top = update(s, b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
 
-    p_k = k_prefix + i_batch.to(tl.int64) * s_kp_batch + i_head.to(tl.int64) * s_kp_head
-    p_v = v_prefix + i_batch.to(tl.int64) * s_vp_batch + i_head.to(tl.int64) * s_vp_head
     first, whole, whole_end, last = key_tiles(lower, upper, m_row, BLOCK_N)
     skipped = whole_end - whole
     for i_masked in tl.range(first, last - skipped):
         i_key_tile = tl.where(i_masked < whole, i_masked, i_masked + skipped)
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, i_key < T, D, BLOCK_D)
-        b_v = load_tile(p_v, i_key, s_vp_key, i_key < T, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        i_key = o_key + tl.arange(0, BLOCK_N)
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)
         m_seen = (i_key[None, :] >= lower[:, None]) & (i_key[None, :] < upper[:, None])
         s = tl.where(m_seen, capped(s, SCALE, SOFTCAP), float("-inf"))
         acc, total, top = update(s, b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
     for i_key_tile in tl.range(whole, whole_end):
-        i_key = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, i_key, s_kp_key, None, D, BLOCK_D)  # [BLOCK_N, D]
-        b_v = load_tile(p_v, i_key, s_vp_key, None, D, BLOCK_D)
+        o_key = i_key_tile * BLOCK_N
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, BLOCK_N]
         acc, total, top = update(capped(s, SCALE, SOFTCAP), b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
 
@@ -126,15 +127,13 @@ def thought_forward(
     tl.store(lse + o_row, (top + tl.log2(total)) * LN2, mask=m_row)
 
 
-def common_arguments(
-    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor
-) -> dict[str, object]:
+def common_arguments(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> dict[str, Any]:
     """The operands, strides and sizes that forward and backward kernels take, under their names there."""
     B, N, Lq, Hq, D = q.shape
     H, T = k.shape[3], k_prefix.shape[1]
     tokens = q.reshape(B, N * Lq, Hq, D)  # a view, unless blocks and slots are not one stride apart
     tokens, k, v, k_prefix, v_prefix = (last_contiguous(x) for x in (tokens, k, v, k_prefix, v_prefix))
-    arguments: dict[str, object] = {"q": tokens, "k": k, "v": v, "k_prefix": k_prefix, "v_prefix": v_prefix}
+    arguments: dict[str, Any] = {"q": tokens, "k": k, "v": v, "k_prefix": k_prefix, "v_prefix": v_prefix}
     for name, x, axes in (
         ("q", tokens, ("batch", "token", "head")),
         ("k", k, ("batch", "block", "slot", "head")),
@@ -174,10 +173,10 @@ def forward_launch(
     B, N, Lq, Hq, D = q.shape
     H, Lk, T = k.shape[3], k.shape[2], k_prefix.shape[1]
     G = Hq // H
-    tile = tile or forward_tile(
-        D=D, itemsize=q.element_size(), G=G, Lq=Lq, Lk=Lk, T=T, N=N, chip=chip or chip_of(q)
-    )
-    arguments = common_arguments(q, k, v, k_prefix, v_prefix) | {
+    chip = chip or chip_of(q)
+    tile = tile or forward_tile(D=D, itemsize=q.element_size(), G=G, Lq=Lq, Lk=Lk, T=T, N=N, chip=chip)
+    arguments = common_arguments(q, k, v, k_prefix, v_prefix)
+    arguments |= prefix_operands(arguments["k_prefix"], arguments["v_prefix"], tile, chip) | {
         "prefix_start": prefix_start.contiguous(),
         "prefix_end": prefix_end.contiguous(),
         "sinks": sinks,

@@ -6,13 +6,14 @@ each) and query head h * G + r % G, so that rows of a tile are neighbours that s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qstar_kernels.triton_tiles import CHIPS, Chip, Tile
 
@@ -70,6 +71,49 @@ def load_tile(p, o_row, stride, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_prefix(
+    k_prefix, v_prefix, o_key, m_key, i_batch, i_head,
+    s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(k, v) [BLOCK_N, BLOCK_D] of the prefix from key o_key on; m_key None when all of them exist."""
+    if TMA:  # both are descriptors: what lies past the last key is zero
+        b_k = k_prefix.load([i_batch, o_key, i_head, 0]).reshape(BLOCK_N, BLOCK_D)
+        b_v = v_prefix.load([i_batch, o_key, i_head, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        i_key = o_key + tl.arange(0, BLOCK_N)
+        p_k = k_prefix + i_batch.to(tl.int64) * s_kp_batch + i_head.to(tl.int64) * s_kp_head
+        p_v = v_prefix + i_batch.to(tl.int64) * s_vp_batch + i_head.to(tl.int64) * s_vp_head
+        b_k = load_tile(p_k, i_key, s_kp_key, m_key, D, BLOCK_D)
+        b_v = load_tile(p_v, i_key, s_vp_key, m_key, D, BLOCK_D)
+    return b_k, b_v
+
+
+@triton.jit
+def load_own(
+    k, v, i_own, own_last, i_block, i_slot, i_batch, i_head,
+    s_k_batch, s_k_block, s_k_slot, s_k_head,
+    s_v_batch, s_v_block, s_v_slot, s_v_head, Lk,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(k, v [own, BLOCK_D], which of them rows see [BLOCK_M, own]) of own slots i_own = block * Lk + slot,
+    before own_last."""
+    p_k = k + i_batch.to(tl.int64) * s_k_batch + i_head.to(tl.int64) * s_k_head
+    p_v = v + i_batch.to(tl.int64) * s_v_batch + i_head.to(tl.int64) * s_v_head
+    i_key_block, i_key_slot = i_own // Lk, i_own % Lk
+    m_own = i_own < own_last
+    o_k = i_key_block.to(tl.int64) * s_k_block + i_key_slot.to(tl.int64) * s_k_slot
+    o_v = i_key_block.to(tl.int64) * s_v_block + i_key_slot.to(tl.int64) * s_v_slot
+    b_k = load_tile(p_k, o_k, 1, m_own, D, BLOCK_D)
+    b_v = load_tile(p_v, o_v, 1, m_own, D, BLOCK_D)
+    m_seen = own_seen(
+        i_block[:, None], i_slot[:, None], i_key_block[None, :], i_key_slot[None, :], m_own[None, :],
+        CAUSAL, WINDOW,
+    )  # fmt: skip
+    return b_k, b_v, m_seen
+
+
+@triton.jit
 def store_tile(p, o_row, stride, m_row, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     pointers = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
@@ -103,7 +147,7 @@ def chip_of(x: Tensor) -> Chip:
     properties = torch.cuda.get_device_properties(x.device)
     name = getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
     known = CHIPS.get(name) or CHIPS["gfx942" if name.startswith("gfx") else "sm_86"]
-    return Chip(known.name, known.shared, properties.multi_processor_count)
+    return replace(known, processors=properties.multi_processor_count)
 
 
 def interpreted(kernel: Any) -> bool:
@@ -114,6 +158,24 @@ def precision_of(dtype: torch.dtype) -> str:
     """fp32 products follow torch's own switch, torch.set_float32_matmul_precision."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+def prefix_operands(k_prefix: Tensor, v_prefix: Tensor, tile: Tile, chip: Chip) -> dict[str, Any]:
+    """The kernel arguments k_prefix, v_prefix and TMA: descriptors where the chip copies by them and both
+    tensors [B, T, H, D] are aligned to 16 bytes in every axis, else the tensors."""
+    tensors = {"k_prefix": k_prefix, "v_prefix": v_prefix}
+    if not (chip.tma and all(map(_describable, tensors.values()))):
+        return {**tensors, "TMA": False}
+    block = [1, tile.BLOCK_N, 1, tile.BLOCK_D]
+    return {
+        **{name: TensorDescriptor(x, x.shape, x.stride(), block) for name, x in tensors.items()},
+        "TMA": True,
+    }
+
+
+def _describable(x: Tensor) -> bool:
+    outer = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in outer)
 
 
 @dataclass(frozen=True)

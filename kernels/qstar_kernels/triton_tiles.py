@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
-SMALL = ("sm_80", "sm_86", "sm_89", "sm_120")  # products from registers (mma.sync): larger tiles spill
 HEAD_WIDTHS = (64, 80, 96, 128, 256)
 
 
@@ -20,6 +19,7 @@ class Chip:
     name: str
     shared: int
     processors: int
+    tma: bool = False  # bulk tensor copies, by descriptors
 
 
 CHIPS = {
@@ -28,9 +28,9 @@ CHIPS = {
         Chip("sm_80", 163 * KIB, 108),
         Chip("sm_86", 99 * KIB, 84),
         Chip("sm_89", 99 * KIB, 128),
-        Chip("sm_90", 227 * KIB, 132),
-        Chip("sm_100", 227 * KIB, 148),
-        Chip("sm_120", 99 * KIB, 188),
+        Chip("sm_90", 227 * KIB, 132, tma=True),
+        Chip("sm_100", 227 * KIB, 148, tma=True),
+        Chip("sm_120", 99 * KIB, 188, tma=True),
         Chip("gfx942", 64 * KIB, 304),
         Chip("interpreter", 64 * KIB, 4),
     )
@@ -51,6 +51,49 @@ class Tile:
     WHOLE_BLOCKS: bool = False
     SPLIT: int = 1
     BLOCK_SCAN: int = 16
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for heads up to 64, 128 and 256 wide. "mma.sync": chips whose
+# products come from registers, where larger tiles spill; they are those not named here.
+SIZES: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+    "forward": {
+        "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+        "fp32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "gfx942": ((128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+        "mma.sync": ((128, 64, 8, 3), (64, 64, 8, 3), (64, 32, 8, 2)),
+        "sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        "sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    },
+    "rows": {
+        "interpreter": ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+        "fp32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "gfx942": ((64, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1)),
+        "mma.sync": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+        "sm_100": ((128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    },
+    "keys": {
+        "interpreter": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "fp32": ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "gfx942": ((32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
+        "mma.sync": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        "sm_90": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
+        "sm_100": ((32, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
+    },
+    "decode": {
+        "interpreter": ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        "fp32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        "gfx942": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "mma.sync": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+    },
+}
+
+
+def sizes_of(kernel: str, BLOCK_D: int, itemsize: int, chip: Chip) -> tuple[int, int, int, int]:
+    """The entry of SIZES."""
+    table = SIZES[kernel]
+    kind = chip.name if chip.name == "interpreter" else "fp32" if itemsize == 4 else chip.name
+    return table.get(kind, table["mma.sync"])[(BLOCK_D > 64) + (BLOCK_D > 128)]
 
 
 def next_power_of_2(n: int) -> int:
@@ -88,20 +131,7 @@ def rows_of_tile(BLOCK_M: int, W: int, Lk: int, T: int) -> tuple[int, bool]:
 def forward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, T: int, N: int, chip: Chip) -> Tile:
     """The forward kernel's tile."""
     BLOCK_D = next_power_of_2(D)
-    if chip.name == "interpreter":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
-    elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
-    elif chip.name == "gfx942":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (128, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 4, 1)
-    elif BLOCK_D <= 64:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, 64, 8, 3
-    elif BLOCK_D <= 128 and chip.name in SMALL:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 64, 8, 3
-    elif BLOCK_D <= 128:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, 64, 8, 3
-    else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64 if chip.name in SMALL else 128), 32, 8, 2
+    BLOCK_M, BLOCK_N, num_warps, num_stages = sizes_of("forward", BLOCK_D, itemsize, chip)
     W = Lq * G
     BLOCK_M = min(BLOCK_M, max(16, next_power_of_2(N * W)))
     rows, whole = rows_of_tile(BLOCK_M, W, Lk, T)
@@ -121,20 +151,7 @@ def backward_tile(*, D: int, itemsize: int, G: int, Lq: int, Lk: int, N: int, ch
     """The tile of the backward kernel over rows. Whole blocks where a block fits: then the program owns their
     dk and dv."""
     BLOCK_D = next_power_of_2(D)
-    if chip.name == "interpreter":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 16, 4, 1
-    elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (32, 16, 8, 1)
-    elif chip.name == "gfx942":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (64, 64, 4, 1) if BLOCK_D <= 128 else (64, 32, 8, 1)
-    elif BLOCK_D <= 128 and chip.name in SMALL:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 64, 8, 2
-    elif BLOCK_D <= 64:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, (32 if chip.name == "sm_100" else 64), 8, 2
-    elif BLOCK_D <= 128:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 128, 64, 8, 2
-    else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 64, 32, 8, 1
+    BLOCK_M, BLOCK_N, num_warps, num_stages = sizes_of("rows", BLOCK_D, itemsize, chip)
     W = Lq * G
     BLOCK_M = min(BLOCK_M, max(16, next_power_of_2(N * W)))
     whole = W <= BLOCK_M
@@ -157,18 +174,7 @@ def keys_tile(
     """The tile of the backward kernel over keys: BLOCK_N keys stay, BLOCK_M rows pass by; `heads` programs
     share nothing. SPLIT programs share a tile of keys where there would be too few to fill the chip twice."""
     BLOCK_D = next_power_of_2(D)
-    if chip.name == "interpreter":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 16, 16, 4, 1
-    elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 8, 1) if BLOCK_D <= 128 else (16, 32, 8, 1)
-    elif chip.name == "gfx942":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 64, 4, 1) if BLOCK_D <= 128 else (32, 32, 8, 1)
-    elif BLOCK_D <= 64:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = (32 if chip.name == "sm_100" else 64), 128, 8, 2
-    elif BLOCK_D <= 128:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = *((64, 64) if chip.name in SMALL else (32, 128)), 8, 2
-    else:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, (32 if chip.name in SMALL else 64), 8, 1
+    BLOCK_M, BLOCK_N, num_warps, num_stages = sizes_of("keys", BLOCK_D, itemsize, chip)
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(keys)))
     if chip.name == "sm_100" and BLOCK_D <= 128 and BLOCK_N <= 64 and itemsize == 2:
         BLOCK_M = 64
@@ -189,13 +195,7 @@ def keys_tile(
 def decode_tile(*, D: int, itemsize: int, G: int, T: int, N: int, heads: int, chip: Chip) -> Tile:
     """The sampling kernel's tile; SPLIT programs share the prefix where too few would fill the chip."""
     BLOCK_D = next_power_of_2(D)
-    if chip.name == "interpreter":
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 16, 16, 4, 1
-    elif itemsize == 4:
-        BLOCK_M, BLOCK_N, num_warps, num_stages = 32, 32, 8, 1
-    else:
-        BLOCK_M, BLOCK_N, num_stages = 64, (64 if BLOCK_D <= 128 else 32), 2
-        num_warps = 4 if BLOCK_D <= 64 else 8
+    BLOCK_M, BLOCK_N, num_warps, num_stages = sizes_of("decode", BLOCK_D, itemsize, chip)
     BLOCK_M = min(BLOCK_M, max(16, next_power_of_2(N * G)))
     programs = max(1, ceil_div(N * G, BLOCK_M) * heads)
     most = max(1, ceil_div(T, 4 * BLOCK_N))  # at least four tiles of keys for each program

@@ -14,7 +14,7 @@ from triton_cases import CASES, PROPERTIES, failures
 
 HALF = ("groups_of_4", "everything", "everything_full", "block_larger_than_a_tile")
 RUNS = [
-    *(f"{case}-{dtype}" for case in CASES for dtype in ("fp64", "fp32")),
+    *(f"{case}-{dtype}" for case in CASES for dtype in ("fp64", "fp32", "fp32-tma")),
     *(f"{case}-fp16" for case in HALF),
     *PROPERTIES,
 ]

@@ -7,9 +7,11 @@ from itertools import product
 import pytest
 import torch
 from qstar_kernels import resolve_impl, thought_attention
+from qstar_kernels.triton_rows import prefix_operands
 from qstar_kernels.triton_tiles import (
     CHIPS,
     HEAD_WIDTHS,
+    Tile,
     backward_tile,
     decode_tile,
     forward_tile,
@@ -51,6 +53,23 @@ def test_whole_blocks_are_taken_where_their_fewer_own_keys_pay_for_idle_rows():
     assert rows_of_tile(128, 160, 40, 256) == (128, False)
     assert own_columns(112, 56, 14, True) == 28
     assert own_columns(128, 56, 14, False) == 4 * 14
+
+
+@pytest.mark.parametrize(
+    ("chip", "stride", "shift", "expected"),
+    [("sm_90", 80, 0, True), ("sm_80", 80, 0, False), ("sm_90", 84, 0, False), ("sm_90", 80, 4, False)],
+)
+def test_descriptors_are_taken_where_the_chip_has_them_and_every_stride_is_aligned(
+    chip, stride, shift, expected
+):
+    memory = torch.zeros(2 * 7 * 3 * stride + 8, dtype=torch.bfloat16)
+    x = memory[shift:].as_strided((2, 7, 3, 64), (7 * 3 * stride, 3 * stride, stride, 1))
+    tile = Tile(BLOCK_M=64, BLOCK_N=32, BLOCK_D=64, num_warps=4, num_stages=1)
+    found = prefix_operands(x, x, tile, CHIPS[chip])
+    assert found["TMA"] is expected
+    assert (found["k_prefix"] is x) is not expected
+    if expected:
+        assert list(found["k_prefix"].block_shape) == [1, 32, 1, 64]
 
 
 def operands(device: str, dtype: torch.dtype, D: int = 64):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from qstar_kernels.triton_tiles import CHIPS
 from torch import Tensor
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dk_prefix", "dv_prefix", "dsinks")
@@ -281,14 +282,17 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def main(names: list[str]) -> None:
-    """Each name is a property, or a case and a dtype: "softcap-fp32"."""
+    """Each name is a property, or a case and a dtype: "softcap-fp32"; "softcap-fp32-tma" loads the prefix by
+    descriptors, as on chips that have them."""
+    chip = CHIPS["interpreter"]
     for name in names:
         try:
             if name in PROPERTIES:
                 PROPERTIES[name]()
                 failed = []
             else:
-                case, dtype = name.rsplit("-", 1)
+                case, dtype, *tma = name.split("-")
+                CHIPS["interpreter"] = replace(chip, tma=bool(tma))
                 # every torch.empty is full of NaN
                 torch.use_deterministic_algorithms(True)
                 failed = failures(run_case(CASES[case], DTYPES[dtype]), DTYPES[dtype])
