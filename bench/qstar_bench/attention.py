@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from qstar_kernels import resolve_impl
+from qstar_kernels import cpu_native, resolve_impl
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": args.dtype,
-        "ours": resolved,
+        "ours": f"cpu (forward: {cpu_native.built()})" if resolved == "cpu" else resolved,
     }
     if not args.json:
         print(report.table(rows, digits=2))

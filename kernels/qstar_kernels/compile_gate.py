@@ -130,7 +130,7 @@ def matrix() -> list[Gate]:
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel became on one chip. registers, stack: per thread, -1 where the tool does not say;
-    shared: bytes of one program; bulk_copies: instructions that copy by descriptor, None where none is due."""
+    shared: bytes of one program; bulk_copies: copies by descriptor, None where none is due."""
 
     kernel: str
     chip: str

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from qstar_kernels.cpu_sampling import sampling_step, thoughts_at_each_token
+from qstar_kernels import cpu_native
 
 WORKSPACE_BYTES = 4 << 20  # of one tile's scores
 TILE_QUERIES = 1024  # of a tile, by key-value head: large matrix products, and few of them
@@ -203,8 +203,10 @@ class _Problem:
         if tile.width:
             by_key = p[..., : tile.width].transpose(1, 2)
             rows = x.view(H * b, n * self.W, self.D)
+            # summed apart and then added: products that go on from large sums lose digits
+            sums = self.room("sums", H, tile.width, self.D, most=H * self.T * self.D)
             for i, row in enumerate(range(tile.rows.start, tile.rows.stop)):
-                prefix[:, row, tile.keys].baddbmm_(by_key[i::b], rows[i::b])
+                prefix[:, row, tile.keys] += torch.bmm(by_key[i::b], rows[i::b], out=sums)
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,12 +224,10 @@ def forward(
     sinks: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the operator."""
-    if q.shape[2] == 1 and options.softcap is None and options.window is None and sinks is None:
-        # its one query is the last slot: it sees all own keys
-        R = thoughts_at_each_token(prefix_start, prefix_end, k_prefix.shape[1])
-        if R is not None:
-            return sampling_step(q, k, v, k_prefix, v_prefix, options.scale, R)
+    """out and lse of the operator: by the C kernel where it is built and takes the operands, or in tiles."""
+    if cpu_native.can(q, k):
+        ranges = prefix_end, prefix_start
+        return cpu_native.forward(q, k, v, k_prefix, v_prefix, *ranges, sinks, *astuple(options))
     problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import GRADIENTS, Case, absolute_errors, problem, relative_errors, run
+from attention_cases import GRADIENTS, Case, absolute_errors, dense_mask, problem, relative_errors, run
 from qstar_bench.memory import peak_bytes
 from qstar_kernels import cpu as engine
-from qstar_kernels import resolve_impl, thought_attention
-from qstar_kernels.cpu_sampling import thoughts_at_each_token
+from qstar_kernels import cpu_native, resolve_impl, thought_attention
 from tensor_sizes import LargestTensor
 
 SHAPES = [
@@ -135,6 +134,12 @@ def test_reference_equals_a_loop_over_single_queries(case):
         assert float((x - y).abs().max()) < 1e-13
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_equals_one_mask_over_all_slots(case):
+    p = problem(case)
+    assert_equal(run(p, impl="reference"), run(p, dense_mask))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -204,22 +209,37 @@ def test_merging_without_the_gradient_of_lse_fails_the_comparison_in_dq_and_dk_p
     assert_equal(run(p, impl="cpu"), truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+LOW = [
+    Case(),
+    Case(T=63, N=7, Lq=5, D=16, ranges="padded"),
+    Case(T=31, N=7, Lq=1, Lk=5, ranges="unsorted"),
+    Case(T=31, softcap=2.0, window=9, sinks=True, ranges="random"),
+    Case(own="full", scattered=True),
+]
+
+
+@pytest.fixture(params=["C", "torch's operators"])
+def engine_in(request, monkeypatch):
+    """What the forward pass is computed by in fp32; in fp64 it is torch's operators."""
+    if request.param == "C":
+        assert cpu_native.built().startswith("C, built by"), cpu_native.built()
+        monkeypatch.setattr(cpu_native, "CONVERTED_BYTES", 4096)
+    else:
+        monkeypatch.setattr(cpu_native, "can", lambda q, k: False)
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        Case(),
-        Case(T=63, N=7, Lq=5, D=16, ranges="padded"),
-        Case(T=31, N=7, Lq=1, Lk=5, ranges="unsorted"),
-        Case(T=31, softcap=2.0, window=9, sinks=True, ranges="random"),
-        Case(own="full", scattered=True),
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in LOW for dtype in (torch.bfloat16, torch.float16)),
     ],
     ids=str,
 )
-def test_in_low_precision_the_error_is_at_most_that_of_the_dense_path(case, dtype):
+def test_in_low_precision_the_error_is_at_most_that_of_the_dense_path(case, dtype, engine_in):
     low = problem(case, dtype)
     truth = run(low.to(torch.float64), impl="reference")
-    dense = absolute_errors(run(low, impl="reference"), truth)
+    dense = absolute_errors(run(low, dense_mask), truth)
     found = run(low, impl="cpu")
     for name, error in absolute_errors(found, truth).items():
         allowed = (3 if name in GRADIENTS else 2) * dense[name] + 1e-5
@@ -297,58 +317,23 @@ def test_sampling_slot_by_slot_equals_all_slots_at_once():
         )
 
 
-REGULAR = [
-    Case(B=B, N=P * R, T=T, Lq=1, Lk=Lk, Hq=H * G, Hkv=H, D=D, scattered=scattered, scale=scale)
-    for B, P, R, T, Lk, H, G, D, scattered, scale in (
-        (1, 9, 1, 9, 3, 2, 4, 8, False, None),
-        (2, 7, 3, 12, 1, 2, 2, 16, False, None),
-        (3, 5, 2, 5, 14, 1, 4, 33, False, 0.3),
-        (1, 1, 1, 1, 2, 1, 1, 1, False, None),
-        (2, 111, 1, 111, 13, 3, 1, 64, False, None),
-        (2, 7, 2, 8, 5, 2, 2, 8, True, None),
-    )
-]
-
-
-def at_each_token(case: Case, p):
-    """The problem with R blocks at each of the tokens 1 .. P, where P * R = N."""
-    R = next(R for R in (1, 2, 3) if case.N % R == 0 and case.N // R <= case.T)
-    end = torch.arange(1, case.N // R + 1).repeat_interleave(R).expand(case.B, -1)
-    return p.operands | {"prefix_end": end}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", REGULAR, ids=str)
-@torch.no_grad()
-def test_a_sampling_step_of_regular_blocks_is_exact_without_tiles(case, dtype, monkeypatch):
-    given = at_each_token(case, problem(case))
-    given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in given.items() if x is not None}
-    monkeypatch.setattr(engine, "_Problem", None)  # the tiles' own
-    options = {"scale": case.scale}
-    found = thought_attention(**given, **options, impl="cpu")
-    naive = thought_attention(**given, **options, impl="reference")
-    high = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
-    truth = thought_attention(**high, **options, impl="reference")
-    for ours, dense, true in zip(found, naive, truth):
-        assert ours.shape == true.shape
-        assert ours.dtype == dense.dtype
-        allowed = EXACT if dtype == torch.float64 else 2 * (dense.double() - true).abs().max() + 1e-5
-        assert (ours.double() - true).abs().max() <= allowed
-
-
-def test_only_regular_blocks_take_the_sampling_step():
-    end = torch.arange(1, 5).repeat_interleave(2).expand(3, -1)
-    zero = torch.zeros_like(end)
-    assert thoughts_at_each_token(zero, end, T=4) == 2
-    assert thoughts_at_each_token(zero, end, T=3) is None  # it cannot be: the last block sees four keys
-    assert thoughts_at_each_token(zero, end - 1, T=4) is None
-    assert thoughts_at_each_token(zero, end.flip(1), T=4) is None
-    assert thoughts_at_each_token(zero[:, :7], end[:, :7], T=4) is None
-    assert thoughts_at_each_token(zero[:, :0], end[:, :0], T=4) is None
-    late, padded = zero.clone(), end.clone()
-    late[2, 7], padded[1, 7] = 1, 0
-    assert thoughts_at_each_token(late, end, T=4) is None
-    assert thoughts_at_each_token(zero, padded, T=4) is None
+def test_where_the_c_kernel_cannot_be_built_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("QSTAR_CACHE", str(tmp_path))
+    cpu_native._load.cache_clear()
+    try:
+        assert cpu_native.built().startswith("C, built by")
+        assert [x.suffix for x in tmp_path.iterdir()] == [".so"]
+        cpu_native._load.cache_clear()
+        monkeypatch.setenv("CC", "/bin/false")
+        assert cpu_native.built() == "torch's operators: /bin/false failed"
+        monkeypatch.setenv("CC", "/no/such/compiler")
+        cpu_native._load.cache_clear()
+        assert "No such file" in cpu_native.built()
+        p = problem(Case(), torch.float32)
+        assert not cpu_native.can(p.operands["q"], p.operands["k"])
+        assert_equal(run(p, impl="cpu"), run(p, impl="reference"), 1e-5)
+    finally:
+        cpu_native._load.cache_clear()
 
 
 @pytest.mark.parametrize("case", [Case(B=1, N=256, T=256, Lq=4, Hq=4), Case(B=1, N=999, T=64, Lq=1)], ids=str)

@@ -147,6 +147,38 @@ def run(p: Problem, function=thought_attention, **options) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), **named}
 
 
+def dense_mask(
+    q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, own, sinks=None
+):
+    """The operator as the published code has it, every query against [prefix | all own slots] under one mask,
+    in the operands' dtype: what the errors of fast paths are measured by."""
+    B, N, Lq, Hq, D = q.shape
+    T, Lk, group = k_prefix.shape[1], k.shape[2], Hq // k.shape[3]
+    q = q.flatten(1, 2).transpose(1, 2)  # [B, Hq, N * Lq, D]
+    k, v = (
+        torch.cat([prefix, x.flatten(1, 2)], dim=1).repeat_interleave(group, dim=2).transpose(1, 2)
+        for prefix, x in ((k_prefix, k), (v_prefix, v))
+    )
+    n, slot = torch.arange(N).repeat_interleave(Lq)[:, None], torch.arange(Lk - Lq, Lk).repeat(N)[:, None]
+    key, key_n, key_slot = torch.arange(T), torch.arange(N).repeat_interleave(Lk), torch.arange(Lk).repeat(N)
+    end = prefix_end.long()[:, n.squeeze(-1), None]
+    prefix = (key >= prefix_start.long()[:, n.squeeze(-1), None]) & (key < end)  # [B, N * Lq, T]
+    block = (n == key_n) & ((key_slot <= slot) | (own == "full"))
+    if window is not None:
+        prefix, block = prefix & (end + slot - key < window), block & (slot - key_slot < window)
+    hidden = ~torch.cat([prefix, block.expand(B, -1, -1)], dim=-1)[:, None]
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].to(scores.dtype).expand(B, -1, N * Lq, 1)], dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., : T + N * Lk].to(v.dtype)
+    shape = (B, N, Lq, Hq)
+    return (p @ v).transpose(1, 2).reshape(*shape, D), scores.logsumexp(-1).transpose(1, 2).reshape(shape)
+
+
 def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """The largest error of each result, relative to the largest true value; NaN and a wrong shape are inf."""
     assert found.keys() == truth.keys()

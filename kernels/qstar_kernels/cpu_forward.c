@@ -1,0 +1,253 @@
+/* Thought attention, forward, in fp32 on a CPU's vector units. cpu_native.py builds and calls it; without it
+   cpu.py computes the same from torch's operators.
+
+   Legend as in cpu.py. Rows of a key-value head are position-major, as in the Triton kernels: row r is token
+   r / G (blocks in order, Lq slots each) and query head r % G of the group. ROWS neighbouring rows see nearly
+   the same prefix keys and pass over them together, with one online softmax; the own slots come first. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+/* 6 x 2 sums, two vectors of keys and a broadcast number fill 16 registers */
+enum { ROWS = 6, PANEL = 2 * WIDTH, KEYS = 256, MOST_WIDE = 512, MOST_SLOTS = 1024 };
+
+typedef struct {
+    int64_t B, N, Lq, Lk, T, H, G, D;
+    int64_t q_batch, q_block, q_slot, q_head, k_batch, k_block, k_slot, k_head, v_batch, v_block, v_slot, v_head;
+    int64_t kp_batch, kp_key, kp_head, vp_batch, vp_key, vp_head;
+    float scale, softcap; /* softcap 0: none */
+    int64_t window;       /* 0: none */
+    int64_t causal;
+} Problem;
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline vec all(float x) { return x - (vec){0}; }
+
+/* 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126; NaN stays */
+static inline vec exp2_(vec x)
+{
+    const ivec whole = __builtin_convertvector(x - 0.5f, ivec);
+    const vec f = x - __builtin_convertvector(whole, vec);
+    vec p = 1.5353362e-4f * f + 1.3398874e-3f;
+    p = p * f + 9.6184373e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314720e-1f;
+    p = p * f + 1.0f;
+    return (vec)(((ivec)p + (whole << 23)) & ~(x < -126.0f));
+}
+
+static inline float sum(vec x)
+{
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++) total += x[i];
+    return total;
+}
+
+static inline float dot(const float *a, const float *b, int64_t D)
+{
+    vec total = {0};
+    int64_t d = 0;
+    for (; d + WIDTH <= D; d += WIDTH) total += load(a + d) * load(b + d);
+    float rest = 0;
+    for (; d < D; d++) rest += a[d] * b[d];
+    return sum(total) + rest;
+}
+
+/* a row's online softmax; scores are in units of log 2 */
+typedef struct {
+    float top, total;
+} Softmax;
+
+/* scores [n] become probabilities relative to the new top; gives what the earlier sums are multiplied with */
+static inline float take(Softmax *row, float *scores, int64_t n)
+{
+    float top = row->top;
+    int64_t j = 0;
+    vec tops = all(top);
+    for (; j + WIDTH <= n; j += WIDTH) {
+        const vec s = load(scores + j);
+        tops = (vec)(((ivec)s & (s > tops)) | ((ivec)tops & ~(s > tops)));
+    }
+    for (int i = 0; i < WIDTH; i++) top = tops[i] > top ? tops[i] : top;
+    for (; j < n; j++) top = scores[j] > top ? scores[j] : top;
+    if (top == -INFINITY) { /* no key yet */
+        memset(scores, 0, n * sizeof(float));
+        return 1;
+    }
+    vec totals = {0};
+    for (j = 0; j + WIDTH <= n; j += WIDTH) {
+        const vec p = exp2_(load(scores + j) - top);
+        *(vec *)(scores + j) = p;
+        totals += p;
+    }
+    float total = sum(totals);
+    for (; j < n; j++) total += scores[j] = exp2f(scores[j] - top);
+    const float decay = exp2f(row->top - top);
+    row->total = row->total * decay + total;
+    row->top = top;
+    return decay;
+}
+
+static inline float capped(float s, float softcap) /* in and out in units of log 2 */
+{
+    const float log2e = 1.44269504f;
+    return softcap == 0 ? s : softcap * log2e * tanhf(s / (softcap * log2e));
+}
+
+/* k_prefix [B, T, H, D] to panels [B, H, T / PANEL, D, PANEL], so that one number of PANEL keys is contiguous */
+static void pack(const Problem *p, const float *k_prefix, float *panels)
+{
+    const int64_t count = (p->T + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < p->B * p->H * count; i++) {
+        const int64_t first = i % count * PANEL, h = i / count % p->H, b = i / count / p->H;
+        float *panel = panels + i * p->D * PANEL;
+        for (int64_t j = 0; j < PANEL; j++) {
+            const float *key = k_prefix + b * p->kp_batch + (first + j) * p->kp_key + h * p->kp_head;
+            for (int64_t d = 0; d < p->D; d++) panel[d * PANEL + j] = first + j < p->T ? key[d] : 0;
+        }
+    }
+}
+
+/* scores [ROWS, KEYS] of one panel, in columns j .. j + PANEL */
+static inline void score_panel(const float *q, const float *panel, float *scores, int64_t j, int64_t D)
+{
+    vec s[ROWS][2] = {{{0}}};
+    for (int64_t d = 0; d < D; d++) {
+        const vec k0 = load(panel + d * PANEL), k1 = load(panel + d * PANEL + WIDTH);
+        for (int r = 0; r < ROWS; r++) {
+            s[r][0] += q[d * ROWS + r] * k0;
+            s[r][1] += q[d * ROWS + r] * k1;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        *(vec *)(scores + r * KEYS + j) = s[r][0];
+        *(vec *)(scores + r * KEYS + j + WIDTH) = s[r][1];
+    }
+}
+
+/* acc [ROWS, D] += p [ROWS, KEYS] times the first n of v's keys */
+static inline void add_values(const float *p, const float *v, int64_t v_key, int64_t n, float *acc, int64_t D)
+{
+    int64_t d = 0;
+    for (; d + PANEL <= D; d += PANEL) {
+        vec a[ROWS][2];
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 2; i++) a[r][i] = load(acc + r * D + d + i * WIDTH);
+        for (int64_t j = 0; j < n; j++) {
+            const vec v0 = load(v + j * v_key + d), v1 = load(v + j * v_key + d + WIDTH);
+            for (int r = 0; r < ROWS; r++) {
+                a[r][0] += p[r * KEYS + j] * v0;
+                a[r][1] += p[r * KEYS + j] * v1;
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 2; i++) *(vec *)(acc + r * D + d + i * WIDTH) = a[r][i];
+    }
+    for (; d < D; d++)
+        for (int r = 0; r < ROWS; r++)
+            for (int64_t j = 0; j < n; j++) acc[r * D + d] += p[r * KEYS + j] * v[j * v_key + d];
+}
+
+/* rows first .. first + ROWS of one batch row and key-value head */
+static void some_rows(
+    const Problem *p, const float *q, const float *k, const float *v, const float *panels, const float *v_prefix,
+    const int64_t *start, const int64_t *end, const float *sinks, float *out, float *lse, int64_t b, int64_t h,
+    int64_t first)
+{
+    const float log2e = 1.44269504f;
+    const int64_t D = p->D, rows = p->N * p->Lq * p->G;
+    float queries[MOST_WIDE * ROWS], acc[ROWS * MOST_WIDE], scores[ROWS * KEYS], own[MOST_SLOTS];
+    int64_t lower[ROWS], upper[ROWS], low = p->T, high = 0, whole = 0, whole_end = p->T;
+    Softmax row[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t i = first + r < rows ? first + r : rows - 1; /* a row too many is computed twice */
+        const int64_t token = i / p->G, n = token / p->Lq, slot = token % p->Lq + p->Lk - p->Lq;
+        const float *query = q + b * p->q_batch + n * p->q_block + token % p->Lq * p->q_slot
+            + (h * p->G + i % p->G) * p->q_head;
+        float scaled[MOST_WIDE];
+        for (int64_t d = 0; d < D; d++) queries[d * ROWS + r] = scaled[d] = query[d] * (p->scale * log2e);
+        upper[r] = end[b * p->N + n];
+        lower[r] = start[b * p->N + n];
+        int64_t s = 0, last = p->causal ? slot + 1 : p->Lk;
+        if (p->window) {
+            const int64_t seen = upper[r] + slot - p->window + 1;
+            lower[r] = seen > lower[r] ? seen : lower[r];
+            s = slot - p->window + 1 > 0 ? slot - p->window + 1 : 0;
+        }
+        if (lower[r] >= upper[r]) lower[r] = upper[r] = 0;
+        else {
+            low = lower[r] < low ? lower[r] : low;
+            high = upper[r] > high ? upper[r] : high;
+        }
+        whole = lower[r] > whole ? lower[r] : whole;
+        whole_end = upper[r] < whole_end ? upper[r] : whole_end;
+        row[r] = (Softmax){-INFINITY, 0};
+        if (sinks) row[r] = (Softmax){sinks[h * p->G + i % p->G] * log2e, 1};
+        const float *keys = k + b * p->k_batch + n * p->k_block + h * p->k_head;
+        const float *values = v + b * p->v_batch + n * p->v_block + h * p->v_head;
+        for (int64_t j = s; j < last; j++) own[j] = capped(dot(scaled, keys + j * p->k_slot, D), p->softcap);
+        take(&row[r], own + s, last - s);
+        float *sums = acc + r * D;
+        memset(sums, 0, D * sizeof(float));
+        for (int64_t j = s; j < last; j++)
+            for (int64_t d = 0; d < D; d++) sums[d] += own[j] * values[j * p->v_slot + d];
+    }
+    const int64_t count = (p->T + PANEL - 1) / PANEL;
+    const float *keys = panels + (b * p->H + h) * count * D * PANEL;
+    const float *values = v_prefix + b * p->vp_batch + h * p->vp_head;
+    for (int64_t block = low / PANEL * PANEL; block < high; block += KEYS) {
+        const int64_t n = high - block < KEYS ? high - block : KEYS;
+        for (int64_t j = 0; j < n; j += PANEL) {
+            const int64_t key = block + j;
+            score_panel(queries, keys + key * D, scores, j, D);
+            if (p->softcap)
+                for (int r = 0; r < ROWS; r++)
+                    for (int i = 0; i < PANEL; i++)
+                        scores[r * KEYS + j + i] = capped(scores[r * KEYS + j + i], p->softcap);
+            if (key < whole || key + PANEL > whole_end)
+                for (int r = 0; r < ROWS; r++)
+                    for (int64_t i = 0; i < PANEL; i++)
+                        if (key + i < lower[r] || key + i >= upper[r]) scores[r * KEYS + j + i] = -INFINITY;
+        }
+        for (int r = 0; r < ROWS; r++) {
+            const float decay = take(&row[r], scores + r * KEYS, n);
+            if (decay != 1)
+                for (int64_t d = 0; d < D; d++) acc[r * D + d] *= decay;
+        }
+        add_values(scores, values + block * p->vp_key, p->vp_key, n, acc, D);
+    }
+    for (int r = 0; r < ROWS && first + r < rows; r++) {
+        const int64_t token = (first + r) / p->G;
+        const int64_t o = ((b * p->N * p->Lq + token) * p->H + h) * p->G + (first + r) % p->G;
+        for (int64_t d = 0; d < D; d++) out[o * D + d] = acc[r * D + d] / row[r].total;
+        lse[o] = (row[r].top + log2f(row[r].total)) / log2e;
+    }
+}
+
+/* out [B, N, Lq, Hq, D] and lse [B, N, Lq, Hq] are contiguous, start and end [B, N] too; sinks may be NULL;
+   panels: room for B * H * (T rounded up to PANEL) * D numbers */
+void qstar_cpu_forward(
+    const Problem *p, const float *q, const float *k, const float *v, const float *k_prefix, const float *v_prefix,
+    const int64_t *start, const int64_t *end, const float *sinks, float *panels, float *out, float *lse)
+{
+    const int64_t rows = p->N * p->Lq * p->G, groups = (rows + ROWS - 1) / ROWS;
+    pack(p, k_prefix, panels);
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t i = p->B * p->H * groups - 1; i >= 0; i--) { /* late blocks see the most keys: first */
+        const int64_t h = i / groups % p->H, b = i / groups / p->H;
+        some_rows(p, q, k, v, panels, v_prefix, start, end, sinks, out, lse, b, h, i % groups * ROWS);
+    }
+}
+
+int64_t qstar_cpu_forward_panel(void) { return PANEL; }
