@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +14,27 @@ from qstar_kernels.cpu_attention import cpu_attention
 from qstar_kernels.reference import reference
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Imports Triton when it is first asked for."""
-    from qstar_kernels.triton_attention import triton_attention
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    """A function of this package, imported when it is first called: Triton may be missing, and
+    FlexAttention is slow to import."""
 
-    return triton_attention(*arguments)
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"qstar_kernels.{module}"), name)(*arguments)
+
+    return call
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference,
     "cpu": cpu_attention,
-    "triton": _triton,
+    "triton": _imported("triton_attention", "triton_attention"),
+    "flash": _imported("flash", "flash"),
+    "flex": _imported("flex", "flex"),
+}
+_WHY_NOT = {
+    "triton": _imported("triton_attention", "why_not"),
+    "flash": _imported("flash", "why_not"),
+    "flex": _imported("flex", "why_not"),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,29 +44,28 @@ def resolve_impl(
 ) -> str:
     """The name of the implementation that runs for `impl` on a device. Raises ValueError when it cannot.
 
-    "auto": cpu on a CPU; triton on a GPU for bf16, fp16 and fp32 heads 64, 80, 96, 128 or 256 wide; otherwise
-    reference.
+    "auto" takes cpu on a CPU; on a GPU triton for heads 64, 80, 96, 128 or 256 wide in bf16, fp16 or fp32,
+    and reference for all else. flash and flex are taken only by name.
     """
     kind = torch.device(device).type
     if impl == "auto":
         if kind == "cpu":
             return "cpu"
-        return "reference" if _why_not_triton(device, dtype, D) else "triton"
+        return "reference" if _why_not("triton", device, dtype, D) else "triton"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if impl == "cpu" and kind != "cpu":
         raise ValueError(f"impl = 'cpu': the tensors are on {kind}")
-    if impl == "triton" and (reason := _why_not_triton(device, dtype, D)):
-        raise ValueError(f"impl = 'triton': {reason}")
+    if impl in _WHY_NOT and (reason := _why_not(impl, device, dtype, D)):
+        raise ValueError(f"impl = {impl!r}: {reason}")
     return impl
 
 
-def _why_not_triton(device: torch.device | str, dtype: torch.dtype | None, D: int | None) -> str | None:
+def _why_not(impl: str, device: torch.device | str, dtype: torch.dtype | None, D: int | None) -> str | None:
     try:
-        from qstar_kernels.triton_attention import why_not
+        return _WHY_NOT[impl](device, dtype, D)
     except ImportError as error:
         return f"{error.name or error} is not installed"
-    return why_not(device, dtype, D)
 
 
 def thought_attention(
@@ -88,7 +98,9 @@ def thought_attention(
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
-        impl: "auto", "cpu", "triton" or "reference" (the dense mask).
+        impl: "auto" (see `resolve_impl`), "cpu", "triton", "flash" (regular blocks, no softcap or window: see
+            flash.py), "flex" (FlexAttention; forward only on a CPU, where lse is NaN) or "reference" (the
+            dense mask).
 
     Returns:
         out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through

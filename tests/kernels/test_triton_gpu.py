@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import CASES, Case, failures, run_case
+from triton_cases import CASES, FLASH_CASES, FLEX_CASES, Case, failures, run_case
 
 LARGE = {
     "T256_L14_G4": Case(N=256, T=256, Lq=14, Lk=14, G=4, H=2, D=64),
@@ -16,6 +16,10 @@ LARGE = {
     "generation_T4096": Case(N=1, T=4096, Lq=1, Lk=9, G=4, H=2, D=128),
     "block_larger_than_a_tile": Case(N=32, T=256, Lq=40, Lk=40, G=8, H=1, D=64),
     "everything": replace(CASES["everything"], N=97, T=300, Lq=9, Lk=12, window=100, D=128, G=4),
+}
+FLASH = {
+    **FLASH_CASES,
+    "T256_L14_G4": Case(B=2, N=256, T=256, Lq=14, Lk=14, G=4, H=2, D=128, ends="tokens"),
 }
 ALL = {**CASES, **{f"large_{name}": case for name, case in LARGE.items()}}
 pytestmark = [
@@ -32,6 +36,17 @@ def test_output_and_gradients_keep_the_rule_on_the_gpu(name, dtype):
         assert failures(run_case(ALL[name], dtype, "cuda"), dtype) == []
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_keeps_the_rule_on_the_gpu(name, dtype):
+    assert failures(run_case(FLASH[name], dtype, "cuda", "flash"), dtype) == []
+
+
+@pytest.mark.parametrize("name", FLEX_CASES)
+def test_flex_keeps_the_rule_on_the_gpu(name):
+    assert failures(run_case(CASES[name], torch.bfloat16, "cuda", "flex"), torch.bfloat16) == []
 
 
 def test_auto_takes_the_kernels_on_a_gpu():

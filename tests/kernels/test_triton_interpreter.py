@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 import triton_cases
-from triton_cases import CASES, PROPERTIES, failures
+from triton_cases import CASES, FLASH_CASES, PROPERTIES, failures
 
 HALF = ("groups_of_4", "everything", "everything_full", "block_larger_than_a_tile")
 RUNS = [
     *(f"{case}-{dtype}" for case in CASES for dtype in ("fp64", "fp32", "fp32-tma")),
     *(f"{case}-fp16" for case in HALF),
+    *(f"{case}-{dtype}-flash" for case in FLASH_CASES for dtype in ("fp64", "fp32")),
     *PROPERTIES,
 ]
 

@@ -83,6 +83,8 @@ def operands(device: str, dtype: torch.dtype, D: int = 64):
 
 def test_the_choice_of_implementation():
     assert resolve_impl("auto", "cpu") == "cpu"
+    assert resolve_impl("flash", "cuda", torch.bfloat16, 64) == "flash"
+    assert resolve_impl("flex", "cuda", torch.float16, 72) == "flex"
     assert resolve_impl("auto", "cuda", torch.bfloat16, 128) == "triton"
     assert resolve_impl("auto", "cuda", torch.bfloat16, 72) == "reference"
     assert resolve_impl("auto", "cuda", torch.float64, 64) == "reference"
@@ -90,16 +92,19 @@ def test_the_choice_of_implementation():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "D", "reason"),
+    ("impl", "device", "dtype", "D", "reason"),
     [
-        ("cpu", torch.float32, 64, "needs a GPU"),
-        ("cuda", torch.float64, 64, "float64"),
-        ("cuda", torch.float16, 72, "72 wide"),
+        ("triton", "cpu", torch.float32, 64, "needs a GPU"),
+        ("triton", "cuda", torch.float64, 64, "float64"),
+        ("triton", "cuda", torch.float16, 72, "72 wide"),
+        ("flash", "cpu", torch.float32, 64, "needs a GPU"),
+        ("flash", "cuda", torch.float32, 64, "float32, supported are bf16 and fp16"),
+        ("flash", "cuda", torch.bfloat16, 72, "72 wide"),
     ],
 )
-def test_where_it_cannot_run_it_says_why(device, dtype, D, reason):
-    with pytest.raises(ValueError, match=reason):
-        resolve_impl("triton", device, dtype, D)
+def test_where_it_cannot_run_it_says_why(impl, device, dtype, D, reason):
+    with pytest.raises(ValueError, match=f"impl = '{impl}': .*{reason}"):
+        resolve_impl(impl, device, dtype, D)
 
 
 def test_tensors_on_a_cpu_are_refused():

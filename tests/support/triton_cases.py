@@ -29,6 +29,7 @@ class Case:
     H: int = 1
     D: int = 64
     T: int = 37
+    R: int = 1
     ends: str = "positions"
     own: str = "causal"
     scale: float | None = None
@@ -45,6 +46,8 @@ class Case:
         start = torch.zeros_like(end)
         if self.ends == "unsorted":
             end = end.flip(0)[torch.arange(self.N) * 3 % max(1, self.N)] if self.N % 3 else end.flip(0)
+        elif self.ends == "tokens":  # R at each of the tokens 1, 2 ..
+            end = n // self.R + 1
         elif self.ends == "twice":  # several thoughts at a position
             end = ((n // 2 * 2) * self.T) // max(1, self.N)
         elif self.ends == "documents":  # the second half of the row is another document
@@ -56,6 +59,9 @@ class Case:
         if self.B > 1 and self.ends == "positions":  # right padding in the last row
             end = end.clone()
             end[-1] = torch.minimum(end[-1], torch.tensor(self.T // 2))
+        if self.B > 1 and self.ends == "tokens":
+            end = end.clone()
+            end[-1, self.N // 2 :] = 0
         return start, end
 
     def operands(self, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict]:
@@ -147,6 +153,26 @@ CASES = {
 }
 
 
+FLASH_CASES = {
+    "plain": Case(N=9, T=9, ends="tokens"),
+    "padding": Case(B=2, N=9, T=12, ends="tokens", G=2, H=2),
+    "two_thoughts": Case(N=14, T=7, R=2, ends="tokens", G=2),
+    "groups_of_4": Case(N=7, T=7, G=4, H=2, ends="tokens", strided=True),
+    "one_slot": Case(N=11, T=11, Lq=1, Lk=4, G=4, ends="tokens"),
+    "last_2_of_5_slots": Case(N=7, T=7, Lq=2, Lk=5, G=2, ends="tokens"),
+    "own_full": Case(N=7, T=7, own="full", G=2, ends="tokens"),
+    "sinks_scale": Case(B=2, N=8, T=5, R=2, sinks=True, scale=0.3, G=2, H=2, ends="tokens"),
+    "block_larger_than_a_tile": Case(N=5, T=6, Lq=13, Lk=13, G=4, ends="tokens"),
+    "D80": Case(N=7, T=7, D=80, G=2, ends="tokens"),
+    "one_token": Case(N=1, T=1, ends="tokens"),
+}
+FLEX_CASES = (
+    "plain", "groups_of_4", "last_2_of_5_slots", "unsorted_ends", "documents", "padded_blocks", "own_full",
+    "strided", "scale", "softcap", "window_9", "window_25", "sinks_padded", "everything",
+    "everything_full", "N0",
+)  # fmt: skip
+
+
 def outputs_and_gradients(case: Case, inputs: list[Tensor], options: dict, impl: str) -> dict[str, Tensor]:
     """Everything a kernel computes, by name; d_out and d_lse are random, the same for every `impl`."""
     from qstar_kernels import thought_attention
@@ -165,8 +191,10 @@ def outputs_and_gradients(case: Case, inputs: list[Tensor], options: dict, impl:
     return dict(zip(NAMES, (out, lse, *gradients)))
 
 
-def run_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, dict[str, float]]:
-    """{tensor: {"error": of the kernels, "dense": of the dense mask in the same dtype}}, against fp64.
+def run_case(
+    case: Case, dtype: torch.dtype, device: str = "cpu", impl: str = "triton"
+) -> dict[str, dict[str, float]]:
+    """{tensor: {"error": of `impl`, "dense": of the dense mask in the same dtype}}, against fp64.
 
     The dense error counts as at least the rounding of the largest result: of the few numbers of dsinks it can
     be less by luck.
@@ -176,7 +204,7 @@ def run_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, d
     exact = {**options, "sinks": None if sinks is None else sinks.double()}
     truth = outputs_and_gradients(case, [x.double() for x in inputs], exact, "reference")
     dense = outputs_and_gradients(case, inputs, options, "reference")
-    found = outputs_and_gradients(case, inputs, options, "triton")
+    found = outputs_and_gradients(case, inputs, options, impl)
 
     def error(results: dict[str, Tensor], name: str) -> float:
         assert results[name].shape == truth[name].shape, name
@@ -277,13 +305,56 @@ def refuses_bfloat16() -> None:
         raise AssertionError("bfloat16 ran on the interpreter")
 
 
-PROPERTIES = {f.__name__: f for f in (opcheck, compiled, deterministic, checkpointed, refuses_bfloat16)}
+def flash_takes_out_alone() -> None:
+    """Where lse is not used, nothing is padded, and the gradients are the same."""
+    from qstar_kernels import thought_attention
+
+    inputs, options = FLASH_CASES["two_thoughts"].operands(torch.float64, "cpu")
+    found = []
+    for impl in ("flash", "reference"):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, _ = thought_attention(*leaves, **options, impl=impl)
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    for flash, dense in zip(*found):
+        torch.testing.assert_close(flash, dense, rtol=0, atol=1e-10)
+
+
+def flash_names_what_it_cannot_do() -> None:
+    """Irregular blocks, softcap and window are refused by name."""
+    from qstar_kernels import thought_attention
+
+    for name, message in (
+        ("documents", "the blocks do not lie R at each"),
+        ("softcap", "softcap = 2.0 is not supported"),
+        ("window_2", "window = 2 is not supported"),
+    ):
+        inputs, options = CASES[name].operands(torch.float32, "cpu")
+        try:
+            thought_attention(*inputs, **options, impl="flash")
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"{name} ran")
+
+
+PROPERTIES = {
+    f.__name__: f
+    for f in (
+        flash_takes_out_alone,
+        flash_names_what_it_cannot_do,
+        opcheck,
+        compiled,
+        deterministic,
+        checkpointed,
+        refuses_bfloat16,
+    )
+}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def main(names: list[str]) -> None:
     """Each name is a property, or a case and a dtype: "softcap-fp32"; "softcap-fp32-tma" loads the prefix by
-    descriptors, as on chips that have them."""
+    descriptors, as on chips that have them; "plain-fp32-flash" runs impl="flash" on one of its own cases."""
     chip = CHIPS["interpreter"]
     for name in names:
         try:
@@ -291,11 +362,13 @@ def main(names: list[str]) -> None:
                 PROPERTIES[name]()
                 failed = []
             else:
-                case, dtype, *tma = name.split("-")
-                CHIPS["interpreter"] = replace(chip, tma=bool(tma))
+                case, dtype, *way = name.split("-")
+                CHIPS["interpreter"] = replace(chip, tma="tma" in way)
+                cases, impl = (FLASH_CASES, "flash") if "flash" in way else (CASES, "triton")
                 # every torch.empty is full of NaN
                 torch.use_deterministic_algorithms(True)
-                failed = failures(run_case(CASES[case], DTYPES[dtype]), DTYPES[dtype])
+                errors = run_case(cases[case], DTYPES[dtype], impl=impl)
+                failed = failures(errors, DTYPES[dtype])
                 torch.use_deterministic_algorithms(False)
         except Exception as error:
             failed = [f"{type(error).__name__}: {error}"]
