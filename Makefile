@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench gpu clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,15 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/qstar bench step
+
+# on the machine's own python where its torch sees a GPU: nothing is installed then
+GPU_JSON ?= gpu.json
+gpu:
+	if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		PYTHONPATH=.:kernels:bench $(PYTHON) -m qstar.cli.main bench gpu --output $(GPU_JSON); \
+	else \
+		$(MAKE) setup && $(BIN)/qstar bench gpu --output $(GPU_JSON); \
+	fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -163,10 +163,10 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     def _suppressed(self, config: QuietStarConfig) -> Tensor:
         weight = self.base.get_output_embeddings().weight
-        ids = torch.tensor(sorted(config.suppressed_tokens or ()), dtype=torch.long, device=weight.device)
-        if len(ids) >= len(weight) or bool(((ids < 0) | (ids >= len(weight))).any()):
-            raise ValueError(f"suppressed_tokens = {ids.tolist()}: must be a part of [0, {len(weight)})")
-        return ids
+        ids = sorted(config.suppressed_tokens or ())
+        if len(ids) >= len(weight) or any(not 0 <= token < len(weight) for token in ids):
+            raise ValueError(f"suppressed_tokens = {ids}: must be a part of [0, {len(weight)})")
+        return torch.tensor(ids, dtype=torch.long, device=weight.device)
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()

@@ -20,16 +20,17 @@ from qstar import report
 from qstar.cli.options import parse_options
 from qstar_bench.attention_candidates import Candidate, Problem, Shape, candidates
 from qstar_bench.memory import peak_bytes
-from qstar_bench.timing import timed
+from qstar_bench.timing import kernel_seconds, timed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Shape(T=256, L=14, R=1, Hq=8, Hkv=2, D=64)
 MISTRAL = Shape(T=256, L=14, R=1, Hq=32, Hkv=8, D=128)
-ALL = ("causal", "dense", "flex")
+ALL = ("causal", "dense", "flex", "flash")
+ON_A_CPU = ("causal", "dense", "flex")
 # name: (shapes, baselines)
 PRESETS: dict[str, tuple[list[Shape], tuple[str, ...]]] = {
-    "cpu-small": ([SMALL.at(T=T) for T in (256, 512, 1024)], ALL),
-    "paper": ([MISTRAL.at(T=T) for T in (256, 1024, 4096)], ("causal", "flex")),
+    "cpu-small": ([SMALL.at(T=T) for T in (256, 512, 1024)], ON_A_CPU),
+    "paper": ([MISTRAL.at(T=T) for T in (256, 1024, 4096)], ("causal", "flex", "flash")),
     "sweep-context": ([SMALL.at(T=T) for T in (64, 128, 256, 512, 1024, 2048)], ("causal",)),
     "sweep-length": ([SMALL.at(T=T, L=L) for T in (64, 256, 1024, 2048) for L in (1, 2, 4, 8, 16, 32)], ()),
 }
@@ -50,7 +51,7 @@ class AttentionArguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     impl: str = field(default="auto", metadata={"help": "The implementation that is measured."})
     baseline: list[str] | None = field(
-        default=None, metadata={"help": f"Of {', '.join(ALL)} (default: the preset's, or all)."}
+        default=None, metadata={"help": f"Of {', '.join(ALL)} (default: the preset's, or all that can)."}
     )
     rounds: int = field(default=7, metadata={"help": "Alternating rounds after the warm-up."})
     plot: str | None = field(
@@ -73,11 +74,15 @@ def shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:
             raise ValueError(f"{name} = {getattr(args, name)}: must be at least 1")
     if args.heads % args.kv_heads:
         raise ValueError(f"heads = {args.heads}: must be a multiple of kv_heads = {args.kv_heads}")
+
+    def possible(baselines: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(x for x in baselines if args.device != "cpu" or x in ON_A_CPU)
+
     if args.preset is None:
         one = Shape(args.tokens, args.slots, args.num_thoughts, args.heads, args.kv_heads, args.width)
-        return [one], tuple(args.baseline or ALL)
+        return [one], tuple(args.baseline or possible(ALL))
     found, baselines = PRESETS[args.preset]
-    return found, tuple(args.baseline or baselines)
+    return found, tuple(args.baseline or possible(baselines))
 
 
 def check(name: str, problem: Problem, out: Tensor, naive_error: float) -> float:
@@ -108,7 +113,7 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
             # the dense mask takes minutes where the others take a second: its rounds are fewer
             if candidate.name != "dense" or i < max(1, 3 * 512 // shape.T):
                 bar.set_postfix_str(f"T {shape.T} L {shape.L}: round {i + 1}, {' '.join(key)}")
-                times[key].append(timed(candidate.run, args.device)[0])
+                times[key].append(kernel_seconds(candidate.run, args.device))
     q_bytes = problem.q.numel() * problem.q.element_size()
     rows = []
     for (name, what), found in times.items():
@@ -145,6 +150,7 @@ def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], 
         "fwd_bwd_speedup_vs_dense": ratio(("dense", "both"), both),
         "fwd_vs_causal": ratio(forward, ("causal", "forward")),
         "fwd_speedup_vs_flex": ratio(("flex", "forward"), forward),
+        "fwd_bwd_speedup_vs_flash": ratio(("flash", "both"), both),
         "sampling_vs_causal": ratio(sampling, ("causal", "sampling")),
         "extra_memory_vs_q": next(row["memory / q"] for row in rows if row["pass"] == "both"),
     }

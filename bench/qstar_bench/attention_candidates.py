@@ -5,7 +5,8 @@ Blocks are the training step's: R at every token t = 1 .. T, each seeing the pre
 - causal: plain causal attention of the same queries over the prefix alone, the slots folded into the query
   heads of their group (`F.scaled_dot_product_attention(is_causal=True, enable_gqa=True)`): no own part.
 - dense: one dense mask over [prefix | all own slots], as in the published code.
-- flex: compiled FlexAttention under the block mask of the same rule; forward only on a CPU.
+- flex: compiled FlexAttention under the block mask of the same rule, made once; forward only on a CPU.
+- flash: the operator with impl="flash", stock flash kernels for the prefix; on a GPU only.
 
 The sampling pass is one query slot of every block with L own keys, without gradient.
 """
@@ -45,10 +46,10 @@ class Problem:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         self.shape, s = shape, shape
         self.N = s.T * s.R
-        source = torch.Generator().manual_seed(0)
+        source = torch.Generator(device).manual_seed(0)
 
         def random(*size: int) -> Tensor:
-            return torch.randn(*size, generator=source).to(device, dtype).requires_grad_()
+            return torch.randn(*size, generator=source, device=device).to(dtype).requires_grad_()
 
         self.q = random(1, self.N, s.L, s.Hq, s.D)
         self.k, self.v = (random(1, self.N, s.L, s.Hkv, s.D) for _ in range(2))
@@ -100,6 +101,7 @@ def candidates(problem: Problem, impl: str, baselines: tuple[str, ...]) -> Itera
         "ours": (lambda: _ours(problem, impl), problem.leaves, prefix + own),
         "causal": (*_causal(problem), prefix),
         "dense": (_dense(problem), problem.leaves, prefix + own),
+        "flash": (lambda: _ours(problem, "flash"), problem.leaves, prefix + own),
     }
     if "flex" in baselines:
         makers["flex"] = _flex(problem), problem.leaves, prefix + own

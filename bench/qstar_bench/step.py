@@ -13,7 +13,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,9 @@ class StepArguments:
     mlp: int = field(default=704, metadata={"help": "MLP width."})
     vocabulary: int = field(default=32_000, metadata={"help": "V."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    autocast: str | None = field(
+        default=None, metadata={"help": "bfloat16 or float16: products in it, weights in fp32."}
+    )
     impl: list[str] = field(
         default_factory=lambda: ["auto", "reference"],
         metadata={"help": "Implementations of thought attention."},
@@ -55,18 +58,18 @@ class StepArguments:
 def build(args: StepArguments, impl: str) -> tuple[QuietStarForCausalLM, torch.Tensor]:
     """A random Mistral with thoughts on the chosen device, in fp32, and one batch of random text [B, T]."""
     torch.manual_seed(0)
-    base = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=args.width,
-            intermediate_size=args.mlp,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.kv_heads,
-            max_position_embeddings=args.tokens + 256,
-            sliding_window=None,
-        )
+    shape = MistralConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.mlp,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=args.tokens + 256,
+        sliding_window=None,
     )
+    with torch.device(args.device):
+        base = MistralForCausalLM(shape)
     config = QuietStarConfig(
         thought_length=args.thought_length,
         talk_length=args.talk_length,
@@ -82,9 +85,12 @@ def build(args: StepArguments, impl: str) -> tuple[QuietStarForCausalLM, torch.T
 def work(args: StepArguments, impl: str) -> dict:
     """One round in this process: warm-up apart, every step's seconds, and the peak memory in GiB."""
     model, text = build(args, impl)
+    dtype = getattr(torch, args.autocast or "float32")
 
     def one(step: int) -> None:
-        model(text, generator=torch.Generator(args.device).manual_seed(step)).loss.backward()
+        with torch.autocast(args.device, dtype=dtype, enabled=args.autocast is not None):
+            loss = model(text, generator=torch.Generator(args.device).manual_seed(step)).loss
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     seconds = [timed(partial(one, step), args.device)[0] for step in range(args.steps + 1)]
@@ -100,10 +106,11 @@ def card(args: StepArguments) -> dict:
     """What a step needs, before any measurement: counted, not timed."""
     T, k, m, R = args.tokens, args.thought_length, args.talk_length, args.num_thoughts
     slots, blocks = k + m + 1, (T - 1) * R
+    model, _ = build(replace(args, device="meta"), "reference")
     prefix_cells = R * T * (T - 1) // 2 * slots
     own_cells = blocks * slots * (slots + 1) // 2
     return {
-        "parameters": sum(p.numel() for p in build(args, "reference")[0].parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "blocks": args.batch * blocks,
         "slots": args.batch * blocks * slots,
         "attention_cells_needed": args.batch * (prefix_cells + own_cells),
@@ -116,6 +123,8 @@ def main(argv: list[str]) -> int:
     if args.worker is not None:
         print(json.dumps(work(args, args.worker)))
         return 0
+    if args.autocast not in (None, "bfloat16", "float16"):
+        raise ValueError(f"autocast = {args.autocast}: must be bfloat16 or float16")
     names = {impl: f"{impl} ({resolve_impl(impl, device=args.device)})" for impl in args.impl}
     rounds: dict[str, list[dict]] = {impl: [] for impl in args.impl}
     for _ in tqdm(range(args.rounds), desc="rounds", disable=args.json):
@@ -139,7 +148,8 @@ def main(argv: list[str]) -> int:
     if not args.json:
         print(report.table([costs], digits=0))
         print(report.table(results, digits=2))
-        print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32")
+        precision = "fp32" if args.autocast is None else f"autocast to {args.autocast}"
+        print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
     report.last_line({"arguments": asdict(args), "costs": costs, "results": results})
     return 0
 
@@ -147,8 +157,9 @@ def main(argv: list[str]) -> int:
 def _in_a_process(args: StepArguments, impl: str) -> dict:
     options = []
     for option in fields(StepArguments):
-        if option.name not in ("impl", "json", "worker", "rounds"):
-            options += [f"--{option.name}", str(getattr(args, option.name))]
+        value = getattr(args, option.name)
+        if option.name not in ("impl", "json", "worker", "rounds") and value is not None:
+            options += [f"--{option.name}", str(value)]
     command = [sys.executable, "-m", "qstar.cli.main", "bench", "step", *options, "--worker", impl]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
