@@ -2,7 +2,7 @@
 
 from qstar.config import QuietStarConfig
 
-__all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarOutput", "generate"]
+__all__ = ["QuietStarConfig", "QuietStarForCausalLM", "QuietStarOutput"]
 
 
 def __getattr__(name: str):
@@ -11,8 +11,4 @@ def __getattr__(name: str):
         from qstar import model
 
         return getattr(model, name)
-    if name == "generate":
-        from qstar.generation import generate
-
-        return generate
     raise AttributeError(f"module 'qstar' has no attribute {name!r}")

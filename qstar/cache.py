@@ -5,6 +5,7 @@ Layouts are the operator's: [B, T, Hkv, D] for a text, [B, N, L, Hkv, D] for blo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 TextKeysValues = tuple[tuple[Tensor, Tensor], ...]  # (k, v) of each layer, [B, T, Hkv, D]
@@ -33,25 +34,28 @@ class SlotCache:
 
 
 class TextCache:
-    """K/V of a growing text, in buffers of full length (no gradient): what generation extends token by
-    token."""
+    """K/V of a growing text, in buffers of full length (no gradient): what generation extends token by token.
+
+    The rows may grow unevenly: a token is written to a column of its own row, and what was written there
+    before (the K/V of a draft that was not kept) is gone.
+    """
 
     def __init__(self, text: TextKeysValues, length: int):
-        self.tokens = text[0][0].shape[1]
         self._buffers = []
         for k, v in text:
             pair = tuple(x.new_empty(x.shape[0], length, *x.shape[2:]) for x in (k, v))
             for buffer, given in zip(pair, (k, v)):
-                buffer[:, : self.tokens] = given
+                buffer[:, : given.shape[1]] = given
+                buffer[:, given.shape[1] :] = 0  # a row's unwritten columns are masked, but must be numbers
             self._buffers.append(pair)
 
-    def read(self) -> TextKeysValues:
-        return tuple((k[:, : self.tokens], v[:, : self.tokens]) for k, v in self._buffers)
+    def read(self, columns: int) -> TextKeysValues:
+        """Of the first columns."""
+        return tuple((k[:, :columns], v[:, :columns]) for k, v in self._buffers)
 
-    def append(self, slots: SlotCache) -> None:
-        """Take over the last-written token of every row: slot 0 of a cache of one block with one slot."""
-        for layer, (k, v) in enumerate(self._buffers):
-            new_k, new_v = slots._buffers[layer]
-            k[:, self.tokens] = new_k[:, 0, 0]
-            v[:, self.tokens] = new_v[:, 0, 0]
-        self.tokens += 1
+    def write(self, slots: SlotCache, column: Tensor) -> None:
+        """Slot 0 of a cache of one block becomes column [B] of each row."""
+        row = torch.arange(len(column), device=column.device)
+        for layer, buffers in enumerate(self._buffers):
+            for buffer, new in zip(buffers, slots._buffers[layer]):
+                buffer[row, column] = new[:, 0, 0]

@@ -120,6 +120,17 @@ def save(
         )
 
 
+def save_config(config: QuietStarConfig, folder: str | os.PathLike) -> None:
+    """Give a checkpoint other knobs; its tensors stay. Raises ValueError when it has none."""
+    read(folder)
+    path = Path(folder) / DESCRIPTION
+    description = json.loads(path.read_text(encoding="utf-8")) | {"config": asdict(config)}
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+    _flush(written)
+    os.replace(written, path)
+
+
 def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]:
     """The thought parts of a checkpoint. Raises ValueError when it has none, or the base model is another."""
     if not Path(folder).is_dir():

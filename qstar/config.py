@@ -66,6 +66,10 @@ class QuietStarConfig:
             "help": "Token ids that never occur inside a thought; default: the tokenizer's special tokens."
         },
     )
+    entropy_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Nats of entropy of the base prediction above which think = adaptive thinks."},
+    )
     attention: str = field(default="auto", metadata={"help": "Implementation of thought attention."})
 
     def __post_init__(self) -> None:
@@ -89,6 +93,9 @@ class QuietStarConfig:
         require("reinforce_temperature", self.reinforce_temperature > 0, "positive")
         require("policy_weight", self.policy_weight >= 0, "at least 0")
         require("base_weight", 0 <= self.base_weight <= 1, "in [0, 1]")
+        require(
+            "entropy_threshold", self.entropy_threshold is None or self.entropy_threshold >= 0, "at least 0"
+        )
         require("boundary_scale", self.boundary_scale > 0, "positive")
         require("boundary_token", bool(self.boundary_token), "a non-empty text")
 

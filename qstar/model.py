@@ -13,6 +13,7 @@ import torch
 from qstar_kernels.vocabulary import LinearHead, entropy, weighted_mixed_nll, weighted_nll
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from qstar import checkpoint, objective
@@ -54,7 +55,7 @@ class Thoughts:
     mix_weight: Tensor
 
 
-class QuietStarForCausalLM(PreTrainedModel):
+class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     """A base model, two boundary embeddings and a mixing head. Build one with `from_base` or
     `from_pretrained`."""
 
@@ -74,6 +75,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         use_thought_attention(base)
         super().__init__(base.config)
         self.base = base
+        self.generation_config = base.generation_config
         self.quiet_star = quiet_star
         head = base.get_output_embeddings().weight
         self.boundary = BoundaryEmbeddings(
@@ -284,6 +286,30 @@ class QuietStarForCausalLM(PreTrainedModel):
             suppress=self.suppress,
             generator=generator,
         )
+
+    def generate(self, inputs: Tensor, generation_config=None, **options: Any):  # type: ignore[override]
+        """Continue a batch of prompts, thinking before its tokens.
+
+        As transformers' own `generate`: inputs [B, T] int64; a GenerationConfig or its options
+        (max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id,
+        stop_strings with tokenizer, num_return_sequences, return_dict_in_generate ...), attention_mask [B, T]
+        with 0 on LEFT padding, logits_processor, stopping_criteria (asked for one row at a time), streamer.
+        Besides:
+
+        think: "always"; "adaptive", where the entropy of the base prediction exceeds entropy_threshold (nats,
+        default the config's, which `qstar calibrate` sets); "never". draft_length: tokens that are drafted
+        and then thought about at once, which changes nothing but the speed; None adapts it, 0 thinks about
+        one token at a time. thought_length, thought_temperature: default the config's. truncate_prompt: cut
+        a prompt that is too long, instead of ValueError. generator: source of thoughts and tokens.
+        on_token(row, token, thought or None): called as soon as a token is certain; on_finished(row): when
+        the row has ended.
+
+        Returns [B, T + S] int64, or a `QuietStarGenerateOutput` with return_dict_in_generate. Beam search and
+        other modes raise ValueError.
+        """
+        from qstar.generation import generate
+
+        return generate(self, inputs, generation_config, **options)
 
     # -- the training step
     # --------------------------------------------------------------------------------------

@@ -1,32 +1,60 @@
-"""`qstar generate`: prompt in, text out; thoughts stay hidden unless asked for."""
+"""`qstar generate`: prompts in, text out, as it comes; thoughts stay hidden unless asked for."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from qstar import report
 from qstar.cli.options import parse_options
-from qstar.generation import generate
 from qstar.model import QuietStarForCausalLM
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 @dataclass
 class GenerateArguments:
-    """Options of `qstar generate`."""
+    """Options of `qstar generate`; prompts come from `--prompt` or from a file."""
 
     model: str = field(metadata={"help": "Folder of a Quiet-STaR checkpoint."})
-    prompt: list[str] = field(metadata={"help": "One or more prompts; several are run as one batch."})
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "One or more prompts; several are run as one batch."}
+    )
+    input: str | None = field(
+        default=None, metadata={"help": "A JSONL file instead, a record with a `prompt` a line."}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file for its answers; what it already holds is not done again."},
+    )
+    batch_size: int = field(default=8, metadata={"help": "Prompts of the file that run together."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens to write."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the text; 0 is argmax."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the text."})
+    top_k: int = field(default=0, metadata={"help": "Likeliest tokens to draw from; 0: all."})
+    stop: list[str] = field(default_factory=list, metadata={"help": "Strings that end the text."})
+    think: str = field(default="always", metadata={"help": "always, adaptive or never."})
+    entropy_threshold: float | None = field(
+        default=None, metadata={"help": "For adaptive, in nats; default: as `qstar calibrate` found."}
+    )
+    draft_length: int | None = field(
+        default=None, metadata={"help": "Tokens drafted and thought about at once; default: adapts."}
+    )
     thought_length: int | None = field(
         default=None, metadata={"help": "Tokens of a thought; default: as trained."}
     )
     thought_temperature: float = field(
         default=0.0, metadata={"help": "Temperature of the thoughts; 0 is argmax."}
+    )
+    truncate_prompt: bool = field(
+        default=False, metadata={"help": "Cut a prompt that is too long for the model on its left."}
     )
     show_thoughts: bool = field(
         default=False, metadata={"help": "Show each thought before the token it led to."}
@@ -35,43 +63,170 @@ class GenerateArguments:
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
 
+class Answer:
+    """One prompt's text as it grows: token by token from the loop, printed as soon as it is readable."""
+
+    def __init__(self, tokenizer, prompt: str, show_thoughts: bool, stream: bool):
+        self.tokenizer, self.prompt, self.show_thoughts = tokenizer, prompt, show_thoughts
+        self.stream, self.printed = stream, 0
+        self.tokens: list[int] = []
+        self.thoughts: list[str] = []
+
+    def add(self, token: int, thought: list[int] | None) -> None:
+        self.tokens.append(token)
+        self.thoughts.append(self.tokenizer.decode(thought) if thought else "")
+        if self.stream:
+            self.show()
+
+    def show(self) -> None:
+        """Print what the last token added."""
+        if len(self.tokens) == 1:
+            print(self.prompt, end="")
+        if self.show_thoughts and self.thoughts[-1]:
+            shown = f" [{self.thoughts[-1].strip()}]"
+            print(f"{DIM}{shown}{PLAIN}" if sys.stdout.isatty() else shown, end="")
+        text = self.text()
+        if not text.endswith("\ufffd"):  # a part of a character: the next token completes it
+            self.show_rest(text)
+
+    def show_rest(self, text: str | None = None) -> None:
+        text = self.text() if text is None else text
+        print(text[self.printed :], end="", flush=True)
+        self.printed = len(text)
+
+    def shown_again(self) -> Answer:
+        """A copy of an answer that was not streamed, which has been."""
+        copy = Answer(self.tokenizer, self.prompt, self.show_thoughts, stream=True)
+        for token, thought in zip(self.tokens, self.thoughts):
+            copy.tokens.append(token)
+            copy.thoughts.append(thought)
+            copy.show()
+        return copy
+
+    def text(self) -> str:
+        """What was written, up to the end-of-text token."""
+        end = self.tokenizer.eos_token_id
+        tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] == end else self.tokens
+        return self.tokenizer.decode(tokens)
+
+    def document(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"prompt": self.prompt, "text": self.text()}
+        if self.show_thoughts:
+            found["thoughts"] = self.thoughts[: len(self.tokens)]
+        return found
+
+
 def main(argv: list[str]) -> int:
     (args,) = parse_options(GenerateArguments, argv, prog="qstar generate")
-    if not all(args.prompt):
-        raise ValueError("prompt = '': must not be empty")
+    records = _records(args)
+    done = _done(args.output) if args.output else {}
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    input_ids, attention_mask = left_padded([tokenizer(text)["input_ids"] for text in args.prompt])
-    result = generate(
-        model,
-        input_ids,
-        attention_mask,
+    if args.output is None:
+        stream = not args.json and len(records) == 1
+        answers = [Answer(tokenizer, x["prompt"], args.show_thoughts, stream) for x in records]
+        _run(model, tokenizer, answers, args, args.seed)
+        for answer in answers if not args.json else ():
+            if not stream:
+                answer = answer.shown_again()
+            answer.show_rest()
+            print()
+        if args.json:
+            report.last_line({"answers": [answer.document() for answer in answers]})
+        return 0
+    waiting = [i for i in range(len(records)) if i not in done]
+    with (
+        open(args.output, "a", encoding="utf-8") as out,
+        tqdm(total=len(records), initial=len(done), desc="prompts", disable=args.json) as bar,
+    ):
+        for first in range(0, len(waiting), args.batch_size):
+            batch = waiting[first : first + args.batch_size]
+            answers = [Answer(tokenizer, records[i]["prompt"], args.show_thoughts, False) for i in batch]
+
+            def finished(row: int, batch=batch, answers=answers) -> None:
+                line = {"index": batch[row], **records[batch[row]], **answers[row].document()}
+                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+                bar.update()
+
+            _run(model, tokenizer, answers, args, args.seed + batch[0], finished)
+    if args.json:
+        report.last_line({"output": args.output, "prompts": len(records), "already_there": len(done)})
+    return 0
+
+
+def _run(model, tokenizer, answers: list[Answer], args: GenerateArguments, seed: int, finished=None) -> None:
+    ids, mask = left_padded([tokenizer(answer.prompt)["input_ids"] for answer in answers])
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        sampling["top_k"] = args.top_k
+    model.generate(
+        ids,
+        attention_mask=mask,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        thought_length=args.thought_length,
-        thought_temperature=args.thought_temperature,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or 0,
-        generator=torch.Generator().manual_seed(args.seed),
+        stop_strings=args.stop or None,
+        tokenizer=tokenizer,
+        think=args.think,
+        entropy_threshold=args.entropy_threshold,
+        draft_length=args.draft_length,
+        thought_length=args.thought_length,
+        thought_temperature=args.thought_temperature,
+        truncate_prompt=args.truncate_prompt,
+        generator=torch.Generator().manual_seed(seed),
+        on_token=lambda row, token, thought: answers[row].add(token, thought),
+        on_finished=finished,
+        **sampling,
     )
-    answers = []
-    for prompt, tokens, thoughts in zip(args.prompt, result.tokens.tolist(), result.thoughts.tolist()):
-        if tokenizer.eos_token_id in tokens:
-            tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-        text = tokenizer.decode(tokens)
-        answer = {"prompt": prompt, "text": text}
-        if args.show_thoughts:
-            answer["thoughts"] = [tokenizer.decode(thought) for thought in thoughts[: len(tokens)]]
-        answers.append(answer)
-        if not args.json:
-            print(
-                prompt
-                + (with_thoughts(tokenizer, tokens, answer["thoughts"]) if args.show_thoughts else text)
-            )
-    if args.json:
-        report.last_line({"answers": answers})
-    return 0
+
+
+def _records(args: GenerateArguments) -> list[dict[str, Any]]:
+    if bool(args.prompt) == (args.input is not None):
+        raise ValueError(f"prompt = {args.prompt}, input = {args.input!r}: give exactly one of them")
+    if (args.input is None) != (args.output is None):
+        raise ValueError(f"input = {args.input!r}, output = {args.output!r}: one needs the other")
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"top_p = {args.top_p}: must be in (0, 1]")
+    if args.input is None:
+        records = [{"prompt": prompt} for prompt in args.prompt]
+    else:
+        path = Path(args.input)
+        if not path.is_file():
+            raise ValueError(f"input = {args.input!r}: no such file")
+        records = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"input = {args.input!r}: line {number} is no JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise ValueError(f"input = {args.input!r}: line {number} has no text `prompt`")
+            records.append(record)
+        if not records:
+            raise ValueError(f"input = {args.input!r}: the file is empty")
+    for record in records:
+        if not record["prompt"]:
+            raise ValueError("prompt = '': must not be empty")
+    return records
+
+
+def _done(output: str) -> dict[int, dict]:
+    """The answers that a run before wrote, by their index; a line that it could not finish is cut off."""
+    path = Path(output)
+    if not path.exists():
+        return {}
+    whole = path.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        path.write_bytes(kept)
+    try:
+        return {answer["index"]: answer for answer in map(json.loads, kept.decode("utf-8").splitlines())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"output = {output!r}: holds other lines than answers: {error!r}") from error
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,10 +237,3 @@ def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     input_ids = [[0] * (length - len(ids)) + ids for ids in prompts]
     mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
     return torch.tensor(input_ids), torch.tensor(mask)
-
-
-def with_thoughts(tokenizer, tokens: list[int], thoughts: list[str]) -> str:
-    """The text with each thought in brackets before its token."""
-    return "".join(
-        f" [{thought.strip()}]{tokenizer.decode([token])}" for thought, token in zip(thoughts, tokens)
-    )

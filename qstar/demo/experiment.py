@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from qstar.data import collate, encode
 from qstar.demo import TINY_LM
 from qstar.demo.town import PLACES, STEPS, Walk, walks
 from qstar.evaluation.held_out import held_out
-from qstar.generation import generate
+from qstar.generation import QuietStarGenerateOutput
 from qstar.model import QuietStarForCausalLM
 from qstar.trainer import QuietStarTrainer, ThoughtProgress
 
@@ -134,9 +135,7 @@ def direct_accuracy(model: PreTrainedModel, task: Task) -> float:
     """Share of the unseen walks whose answer is the likeliest of all places right after the question (and
     after a greedy thought, where the model thinks)."""
     if isinstance(model, QuietStarForCausalLM):
-        result = generate(
-            model, task.questions, max_new_tokens=1, thought_temperature=0.0, return_logits=True
-        )
+        result = _answers(model, task, thought_temperature=0.0, output_logits=True)
         assert result.logits is not None
         scores = result.logits[:, 0]
     else:
@@ -145,16 +144,18 @@ def direct_accuracy(model: PreTrainedModel, task: Task) -> float:
     return float((said == task.answers).float().mean())
 
 
+def _answers(
+    model: QuietStarForCausalLM, task: Task, count: int | None = None, **options: Any
+) -> QuietStarGenerateOutput:
+    """What the model says after the questions, one token unless asked for more."""
+    options = {"max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(task.questions[:count], return_dict_in_generate=True, **options)
+
+
 def useful_share(model: QuietStarForCausalLM, task: Task, seed: int = 0) -> float:
     """Share of the thoughts sampled at the end of the questions that spell the whole walk out."""
-    drawn = generate(
-        model,
-        task.questions,
-        max_new_tokens=1,
-        thought_length=STEPS,
-        thought_temperature=1.0,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    source = torch.Generator().manual_seed(seed)
+    drawn = _answers(model, task, thought_length=STEPS, thought_temperature=1.0, generator=source)
     return float((drawn.thoughts[:, 0] == task.useful_thoughts).all(-1).float().mean())
 
 
@@ -165,7 +166,7 @@ def mixed_nll(model: QuietStarForCausalLM, task: Task) -> float:
 
 def examples(model: QuietStarForCausalLM, task: Task, count: int = 3) -> list[dict[str, str]]:
     """Generated answers of the first unseen walks, with the thought before the answer."""
-    result = generate(model, task.questions[:count], max_new_tokens=2, thought_temperature=0.0)
+    result = _answers(model, task, count, max_new_tokens=2, thought_temperature=0.0)
     decode = task.tokenizer.decode
     return [
         {
@@ -174,5 +175,5 @@ def examples(model: QuietStarForCausalLM, task: Task, count: int = 3) -> list[di
             "answer": decode(tokens).strip(),
             "right": walk.answer,
         }
-        for walk, thoughts, tokens in zip(task.test, result.thoughts, result.tokens)
+        for walk, thoughts, tokens in zip(task.test, result.thoughts, result.new_tokens)
     ]

@@ -3,10 +3,11 @@ training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
-from qstar_kernels.vocabulary import mixed_nll, nll
+from qstar_kernels.vocabulary import entropy, mixed_nll, nll
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,7 +20,9 @@ HARD_SHARE = 0.1
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Per target token, in the order of the rows: base_nll, mixed_nll, mix_weight [tokens] fp32 on the CPU.
+    """Per target token, in the order of the rows, on the CPU: base_nll, mixed_nll, mix_weight and
+    base_entropy (nats, of the whole base prediction) [tokens] fp32; token [tokens] and the thought
+    [tokens, k] before it, int64.
 
     mixed_nll is that of the very next token after a greedy thought: what the generator predicts with.
     """
@@ -27,14 +30,25 @@ class HeldOut:
     base_nll: Tensor
     mixed_nll: Tensor
     mix_weight: Tensor
+    base_entropy: Tensor
+    token: Tensor
+    thought: Tensor
 
 
-@torch.no_grad()
 def held_out(
     model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out"
 ) -> HeldOut:
-    """Score rows (input_ids, position_ids), thinking once and greedily at every position; nothing is kept but
-    scalars."""
+    """Score rows (input_ids, position_ids), thinking once and greedily at every position; no logits are
+    kept."""
+    parts = list(scored(model, rows, batch_size, progress))
+    return HeldOut(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(HeldOut)))
+
+
+@torch.no_grad()
+def scored(
+    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "scored"
+) -> Iterator[HeldOut]:
+    """As `held_out`, a batch of rows at a time."""
     config = replace(
         model.quiet_star,
         num_thoughts=1,
@@ -47,7 +61,6 @@ def held_out(
         model.check_length(len(row["input_ids"]), "a held-out row", config)
     was_training, device = model.training, model.boundary.start_raw.device
     model.eval()
-    parts = []
     for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
         batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
         text = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
@@ -60,9 +73,9 @@ def held_out(
         base = thought.base_hidden[:, :, 0, 0][at]
         weight = thought.mix_weight[:, :, 0, 0][at]
         mixed = mixed_nll(base, thought.talk_hidden[:, :, 0, 0][at], weight, model.head, target)
-        parts.append(torch.stack([nll(base, model.head, target), mixed, weight]).cpu())
+        found = nll(base, model.head, target), mixed, weight, entropy(base, model.head)
+        yield HeldOut(*(x.cpu() for x in (*found, target, thought.tokens[:, :, 0][at])))
     model.train(was_training)
-    return HeldOut(*torch.cat(parts, dim=1))
 
 
 def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:

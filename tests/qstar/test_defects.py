@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import base_model, thinking_model, tokens
+from tiny_models import base_model, thinking_model, tokens, write
 from transformers import AutoModelForCausalLM
 
-from qstar import QuietStarConfig, QuietStarForCausalLM, generate, objective
+from qstar import QuietStarConfig, QuietStarForCausalLM, objective
 from qstar.data import collate
 from qstar.evaluation.held_out import held_out
 from qstar.layout import IGNORE, TextRows, ThoughtLayout
@@ -89,14 +89,14 @@ def test_4_low_precision_parameters_are_warned_about_and_fp32_masters_move():
 def test_5_generation_reads_the_same_slots_as_training_in_any_batch_with_left_padding():
     model = thinking_model(thought_temperature=0.0)
     long, short = tokens(1, 8, seed=4), tokens(1, 5, seed=5)
-    alone = [generate(model, x, max_new_tokens=3, return_logits=True) for x in (long, short)]
+    alone = [write(model, x, max_new_tokens=3) for x in (long, short)]
     ids = torch.cat([long, torch.nn.functional.pad(short, (3, 0), value=9)])
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    both = generate(model, ids, mask, max_new_tokens=3, return_logits=True)
+    both = write(model, ids, mask, max_new_tokens=3)
     assert both.thoughts.shape[-1] == model.quiet_star.thought_length
     for row, single in enumerate(alone):
-        assert torch.equal(both.tokens[row], single.tokens[0])
+        assert torch.equal(both.new_tokens[row], single.new_tokens[0])
         assert torch.equal(both.thoughts[row], single.thoughts[0])
         assert (both.logits[row] - single.logits[0]).abs().max() <= 1e-5 * single.logits.abs().max()
 
@@ -199,10 +199,10 @@ def test_8_boundaries_are_outside_the_vocabulary_and_the_base_loads_with_stock_t
 def test_8_no_prompt_can_hold_a_boundary():
     model = thinking_model(thought_temperature=0.0)
     every = torch.arange(61)[None]
-    first = generate(model, every, max_new_tokens=2, return_logits=True)
+    first = write(model, every, max_new_tokens=2)
     model.boundary.start_raw.add_(1.0)
     assert torch.equal(model.get_input_embeddings()(every), base_model().get_input_embeddings()(every))
-    moved = generate(model, every, max_new_tokens=2, return_logits=True)
+    moved = write(model, every, max_new_tokens=2)
     assert not torch.equal(first.logits, moved.logits)
 
 
@@ -249,6 +249,6 @@ def test_11_both_gradient_norms_are_told_apart_and_advantages_can_be_normalised(
 
 def test_12_a_long_prompt_is_refused_not_cropped():
     with pytest.raises(ValueError, match=r"exceed the model's context of 96"):
-        generate(thinking_model(), tokens(1, 95), max_new_tokens=4)
+        write(thinking_model(), tokens(1, 95), max_new_tokens=4)
     with pytest.raises(ValueError, match=r"exceed the model's context of 96"):
         thinking_model()(tokens(1, 93))

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import base_model, thinking_model, tokens
-
-from qstar import generate
+from tiny_models import base_model, thinking_model, tokens, write
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {"kernels/qstar_kernels": "qstar_kernels", "qstar": "qstar", "bench/qstar_bench": "qstar_bench"}
@@ -127,10 +125,10 @@ def test_suppressed_tokens_never_occur_in_a_thought_and_are_suppressed_nowhere_e
     base_nll = -log_p.gather(-1, ids[:, 1:, None]).mean()
     assert torch.allclose(found[0]["base_nll"], base_nll, rtol=1e-5)
 
-    written = generate(model, ids, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
+    written = write(model, ids, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
     assert not set(written.thoughts.flatten().tolist()) & set(suppressed)
-    assert set(written.tokens.flatten().tolist()) & set(suppressed)
-    unbound = generate(free, ids, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
+    assert set(written.new_tokens.flatten().tolist()) & set(suppressed)
+    unbound = write(free, ids, max_new_tokens=20, generator=torch.Generator().manual_seed(0))
     assert set(unbound.thoughts.flatten().tolist()) & set(suppressed)
 
 

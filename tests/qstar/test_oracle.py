@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, base_model, plain_slots, thinking_model, tokens
+from tiny_models import ARCHITECTURES, base_model, plain_slots, thinking_model, tokens, write
 
-from qstar import generate
 from qstar.layout import TextRows, ThoughtLayout
 
 KINDS = list(ARCHITECTURES)
@@ -103,10 +102,10 @@ def test_generating_equals_the_parallel_forward_at_the_last_position(kind):
     ids[0, 4:], ids[1] = short, long
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    out = generate(model, ids, mask, max_new_tokens=4, return_logits=True)
-    assert out.tokens.shape == (2, 4)
+    out = write(model, ids, mask, max_new_tokens=4)
+    assert out.new_tokens.shape == (2, 4)
     for b, prompt in enumerate((short, long)):
-        text = torch.cat([prompt, out.tokens[b], torch.tensor([5])])[
+        text = torch.cat([prompt, out.new_tokens[b], torch.tensor([5])])[
             None
         ]  # one more, so that every token predicts
         thought = think(model, text)

@@ -105,6 +105,13 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCABULARY, (rows, length), generator=generator)
 
 
+def write(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor | None = None, **options):
+    """`generate` with all that it can tell; it does not stop at eos unless asked to."""
+    defaults = {"eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    options = defaults | options
+    return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+
+
 def plain_slots(
     model: QuietStarForCausalLM, eager: PreTrainedModel, prefix: Tensor, thought: Tensor, talk: Tensor
 ) -> Tensor:

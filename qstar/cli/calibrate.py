@@ -1,0 +1,39 @@
+"""`qstar calibrate`: how uncertain the base prediction must be for a thought to pay, measured on a text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from qstar import checkpoint, report
+from qstar.cli.options import parse_options
+from qstar.cli.score import TextArguments, read_rows
+from qstar.evaluation.calibration import threshold
+from qstar.evaluation.held_out import held_out
+
+SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass
+class CalibrateArguments(TextArguments):
+    """Options of `qstar calibrate`."""
+
+    keep: float = field(default=0.95, metadata={"help": "Share of the thoughts' gain in NLL to keep."})
+
+
+def main(argv: list[str]) -> int:
+    (args,) = parse_options(CalibrateArguments, argv, prog="qstar calibrate")
+    model, _, rows = read_rows(args)
+    result = held_out(model, rows, args.batch_size, progress="calibrate")
+    gain = result.base_nll - result.mixed_nll
+    chosen = threshold(result.base_entropy, gain, args.keep)
+    table = [asdict(threshold(result.base_entropy, gain, keep)) for keep in sorted({*SHARES, args.keep})]
+    config = replace(model.quiet_star, entropy_threshold=chosen.entropy_threshold)
+    checkpoint.save_config(config, args.model)
+    if not args.json:
+        print(report.table(table))
+        print(
+            f"{len(gain)} tokens, mean gain {float(gain.mean()):.4f} nats; {args.model} now holds "
+            f"entropy_threshold {chosen.entropy_threshold:.4f}: generate --think adaptive takes it"
+        )
+    report.last_line({"chosen": asdict(chosen), "tokens": len(gain), "thresholds": table})
+    return 0

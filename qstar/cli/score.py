@@ -1,0 +1,80 @@
+"""`qstar score`: one JSON line for every token of a text, from one parallel pass."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qstar.cli.options import parse_options
+from qstar.data import encode, pack_rows
+from qstar.evaluation.held_out import scored
+from qstar.model import QuietStarForCausalLM
+
+FIGURES = ("base_nll", "mixed_nll", "mix_weight", "base_entropy")
+
+
+@dataclass
+class TextArguments:
+    """A model and a text."""
+
+    model: str = field(metadata={"help": "Folder of a Quiet-STaR checkpoint."})
+    text: str = field(metadata={"help": "A text file."})
+    span_length: int = field(
+        default=256, metadata={"help": "Tokens read at once; longer texts are cut into spans."}
+    )
+    batch_size: int = field(default=4, metadata={"help": "Spans read together."})
+    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
+
+
+@dataclass
+class ScoreArguments(TextArguments):
+    """Options of `qstar score`."""
+
+    output: str | None = field(default=None, metadata={"help": "File for the lines, instead of stdout."})
+
+
+def read_rows(args: TextArguments) -> tuple[QuietStarForCausalLM, Any, list[dict]]:
+    """The model, its tokenizer and the rows of the text. Raises ValueError for a text that has no tokens."""
+    for name, least in (("span_length", 2), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
+    path = Path(args.text)
+    if not path.is_file():
+        raise ValueError(f"text = {args.text!r}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text = {args.text!r}: is no UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"text = {args.text!r}: the file is empty")
+    model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model.check_length(args.span_length, "a row of span_length")
+    packed = pack_rows(encode([text], tokenizer), args.span_length)
+    return model, tokenizer, [dict(zip(packed, row)) for row in zip(*packed.values())]
+
+
+def main(argv: list[str]) -> int:
+    (args,) = parse_options(ScoreArguments, argv, prog="qstar score")
+    model, tokenizer, rows = read_rows(args)
+    decode = tokenizer.decode
+    with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
+        parts = scored(model, rows, args.batch_size, progress="score")
+        for first, part in zip(range(0, len(rows), args.batch_size), parts):
+            i = 0
+            for row in rows[first : first + args.batch_size]:
+                for token, position in zip(row["input_ids"], row["position_ids"]):
+                    line: dict[str, Any] = {"token": decode([token])}
+                    if position:  # the first token of a span has nothing before it
+                        line |= {name: float(getattr(part, name)[i]) for name in FIGURES}
+                        line["thought"] = decode(part.thought[i].tolist())
+                        i += 1
+                    print(json.dumps(line, ensure_ascii=False), file=out)
+            out.flush()
+    return 0
