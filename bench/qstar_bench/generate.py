@@ -18,6 +18,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ PROMPT = (
     "old chart, that there was an island two days to the south, and that nobody who had landed there"
 )
 # name: (new tokens, thought length, tokens of recompute, of sequential)
-PRESETS = {"cpu": (128, 8, 4, 24)}
+PRESETS = {"cpu": (128, 8, 3, 24)}
 
 
 @dataclass
@@ -83,6 +84,7 @@ def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
     return int(mixed[-1].argmax())
 
 
+@torch.no_grad()
 def threshold_of(model: QuietStarForCausalLM, ids: Tensor, share: float) -> float:
     """The entropy (nats) of the base prediction that a share of the tokens of ids [1, T] exceeds."""
     hidden, _ = model.read_text(ids, TextRows.from_batch(ids))
@@ -114,35 +116,36 @@ def main(argv: list[str]) -> int:
     limit = model.quiet_star.entropy_threshold
     if limit is None:
         limit = threshold_of(model, plain_text, args.thinking_share)
-    ways: dict[str, tuple[int, Callable]] = {
-        "plain": (new, lambda: run(new, think="never")),
-        "adaptive": (new, lambda: run(new, think="adaptive", entropy_threshold=limit)),
-        "speculative": (new, lambda: run(new)),
-        "sequential": (some, lambda: run(some, draft_length=0)),
+    # name: (tokens written, the way to write n of them)
+    ways: dict[str, tuple[int, Callable[[int], Any]]] = {
+        "plain": (new, lambda n: run(n, think="never")),
+        "adaptive": (new, lambda n: run(n, think="adaptive", entropy_threshold=limit)),
+        "speculative": (new, lambda n: run(n)),
+        "sequential": (some, lambda n: run(n, draft_length=0)),
     }
     outputs: dict[str, Any] = {}
-    peaks: dict[str, float] = {}
-    times: dict[str, list[float]] = {}
-    for name, (_, way) in ways.items():
-        peaks[name] = _peak_mib(outputs, name, way, args.device)
+    for name, (tokens, way) in ways.items():
+        outputs[name] = way(tokens)
         bar.update()
     written = outputs["speculative"].sequences
     T = ids.shape[1]
-    places = sorted({T + round(i * (new - 1) / (few - 1)) for i in range(few)}) if few > 1 else [T]
-    ways["recompute"] = (
-        len(places),
-        lambda: [recompute(model, written[:, :place], k) for place in places],
-    )
-    peaks["recompute"] = _peak_mib(outputs, "recompute", ways["recompute"][1], args.device)
+    places = sorted({T + round(i * (new - 1) / max(1, few - 1)) for i in range(few)})
+    ways["recompute"] = len(places), lambda n: [recompute(model, written[:, :i], k) for i in places[:n]]
+    outputs["recompute"] = ways["recompute"][1](len(places))
     bar.update()
     first = outputs["sequential"].sequences
     if not torch.equal(first, written[:, : first.shape[1]]):
         raise RuntimeError("sequential does not write the tokens of speculative")
     if outputs["recompute"] != written[0, places].tolist():
         raise RuntimeError("recompute does not write the tokens of speculative")
+    peaks = {
+        name: peak_bytes(partial(way, min(tokens, 1 if name == "recompute" else 16)), args.device)
+        for name, (tokens, way) in ways.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds):
         for name, (tokens, way) in ways.items():
-            times.setdefault(name, []).append(timed(way, args.device)[0] / tokens)
+            times[name].append(timed(partial(way, tokens), args.device)[0] / tokens)
             bar.update()
     bar.close()
     rows = [_row(name, tokens, times[name], outputs[name], peaks[name]) for name, (tokens, _) in ways.items()]
@@ -173,12 +176,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _peak_mib(outputs: dict[str, Any], name: str, way: Callable, device: str) -> float:
-    """The warm-up: keeps what the way writes, and gives the peak memory of its tensors."""
-    return peak_bytes(lambda: outputs.__setitem__(name, way()), device) / 2**20
-
-
-def _row(name: str, tokens: int, seconds: list[float], output: Any, peak_mib: float) -> dict:
+def _row(name: str, tokens: int, seconds: list[float], output: Any, peak: int) -> dict:
     counts = getattr(output, "counts", None)
     return {
         "way": name,
@@ -188,6 +186,6 @@ def _row(name: str, tokens: int, seconds: list[float], output: Any, peak_mib: fl
         "fastest": 1 / min(seconds),
         "model steps a token": counts["model_steps"] / tokens if counts else None,
         "thoughts": counts["thoughts"] if counts else None,
-        "memory MiB": peak_mib,
+        "memory MiB": peak / 2**20,
         "accepted": counts["accepted"] / counts["tested"] if counts and counts["tested"] else None,
     }

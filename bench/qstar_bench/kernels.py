@@ -139,6 +139,33 @@ def rows(gate: Gate) -> tuple[list[dict], list[str]]:
     return found, complaints
 
 
+def summary(table: list[dict]) -> list[dict]:
+    """A row for each kernel, chip and width: the worst over dtypes, groups and options; the model's figures
+    are those of bf16 with four query heads a group and no option."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in table:
+        groups.setdefault((row["kernel"], row["chip"], row["D"]), []).append(row)
+    found = []
+    for (kernel, chip, D), rows in groups.items():
+        plain = [x for x in rows if (x["dtype"], x["G"], x["options"]) == ("bfloat16", 4, "plain")] or rows
+        at_once = [x["programs a processor"] for x in rows if x["programs a processor"] is not None]
+        found.append(
+            {
+                "kernel": kernel,
+                "chip": chip,
+                "D": D,
+                "points": len(rows),
+                "tensor-core instructions": min(x["tensor-core instructions"] for x in rows),
+                "registers": max(x["registers"] for x in rows),
+                "stack": max(x["stack"] for x in rows),
+                "shared KiB": max(x["shared KiB"] for x in rows),
+                "programs a processor": min(at_once, default=None),
+                **{name: plain[0][name] for name in ("GFLOP", "MB", "model us")},
+            }
+        )
+    return found
+
+
 def main(argv: list[str]) -> int:
     (args,) = parse_options(KernelArguments, argv, prog="qstar bench kernels")
     table: list[dict] = []
@@ -151,7 +178,7 @@ def main(argv: list[str]) -> int:
             table += found
             complaints += wrong
     if not args.json:
-        print(report.table(table, digits=1))
+        print(report.table(summary(table) if args.whole else table, digits=1))
         print("B 1, T = N = 1024, L 14 (own_keys 40), 8 key-value heads; model us: a roofline, not measured.")
         print("\n".join(complaints) or "every kernel passes the gate")
     report.last_line({"arguments": asdict(args), "kernels": table, "complaints": complaints})

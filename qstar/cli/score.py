@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qstar.cli.options import parse_options
-from qstar.data import encode, pack_rows
+from qstar.data import encode
 from qstar.evaluation.held_out import scored
 from qstar.model import QuietStarForCausalLM
 
@@ -41,7 +41,7 @@ class ScoreArguments(TextArguments):
 
 def read_rows(args: TextArguments) -> tuple[QuietStarForCausalLM, Any, list[dict]]:
     """The model, its tokenizer and the rows of the text. Raises ValueError for a text that has no tokens."""
-    for name, least in (("span_length", 2), ("batch_size", 1)):
+    for name, least in (("span_length", 3), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
     path = Path(args.text)
@@ -56,8 +56,12 @@ def read_rows(args: TextArguments) -> tuple[QuietStarForCausalLM, Any, list[dict
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model.check_length(args.span_length, "a row of span_length")
-    packed = pack_rows(encode([text], tokenizer), args.span_length)
-    return model, tokenizer, [dict(zip(packed, row)) for row in zip(*packed.values())]
+    (ids,) = encode([text], tokenizer)
+    spans = [ids[i : i + args.span_length] for i in range(0, len(ids), args.span_length)]
+    if len(spans[-1]) == 1:  # a token alone predicts nothing, and none is to be lost
+        spans[-1].insert(0, spans[-2].pop())
+    rows = [{"input_ids": span, "position_ids": list(range(len(span)))} for span in spans]
+    return model, tokenizer, rows
 
 
 def main(argv: list[str]) -> int:

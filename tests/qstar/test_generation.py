@@ -8,9 +8,17 @@ import pytest
 import torch
 from tiny_models import base_model, thinking_model, tokens, write
 from tiny_tokenizer import tiny_tokenizer
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
+from qstar.cli.generate import left_padded
+from qstar.demo import TINY_LM
 from qstar.generation import acceptance, loop
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled
 
@@ -307,26 +315,56 @@ def test_an_empty_prompt_and_one_beyond_the_context_are_refused_unless_cutting_i
     assert f"the prompt of 120 tokens is cut to its last {fits}" in caplog.text
 
 
+# -- the embedded model
+
+
+def _embedded(**changes) -> QuietStarForCausalLM:
+    """The demo's model with a random mixing head: it thinks, and its thoughts change what it says."""
+    base = AutoModelForCausalLM.from_pretrained(TINY_LM, dtype=torch.float32, **changes)
+    model = QuietStarForCausalLM.from_base(base, QuietStarConfig(thought_length=8))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.mixing.layers[-1].weight, std=0.01)
+    return model.eval()
+
+
+def test_fifty_prompts_alone_and_in_batches_of_four_are_continued_as_one_token_at_a_time():
+    model, generator = _embedded(), torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (50,), generator=generator).tolist()
+    texts = [torch.randint(1, 2048, (n,), generator=generator) for n in lengths]
+    options = {"max_new_tokens": 10, "thought_temperature": 0.0, "output_logits": False}
+    slow = [write(model, text[None], draft_length=0, **options) for text in texts]
+    assert max(float(x.mix_weight.abs().max()) for x in slow) > 0.01
+    accepted = tested = 0
+    for text, expected in zip(texts, slow):
+        fast = write(model, text[None], **options)
+        assert torch.equal(fast.sequences, expected.sequences)
+        accepted, tested = accepted + fast.counts["accepted"], tested + fast.counts["tested"]
+    assert 0 < accepted < tested  # some drafts are not kept
+    for first in range(0, 50, 4):
+        ids, mask = left_padded([text.tolist() for text in texts[first : first + 4]])
+        fast = write(model, ids, mask, **options)
+        for row, expected in zip(fast.new_tokens, slow[first:]):
+            assert torch.equal(row, expected.new_tokens[0])
+
+
 def test_memory_grows_with_the_text_alone_and_not_with_the_thoughts(monkeypatch):
     def held() -> int:
         gc.collect()
         return sum(x.numel() for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
-    base = base_model(max_position_embeddings=700)
-    model = QuietStarForCausalLM.from_base(base, QuietStarConfig(thought_length=6))
+    model = _embedded(max_position_embeddings=2_100)
     seen: list[int] = []
     step = loop.Generation._round
 
     def watched(self):
-        if self.counts.rounds % 25 == 1:
+        if self.counts.rounds % 20 == 1:
             seen.append(held())
         step(self)
 
     monkeypatch.setattr(loop.Generation, "_round", watched)
-    out = model.generate(
-        tokens(1, 5), max_new_tokens=600, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
-        draft_length=2,
-    )  # fmt: skip
-    assert out.counts["thoughts"] >= 600
-    assert len(seen) > 7
-    assert max(seen[2:]) - min(seen[2:]) < 2_000  # the text's K/V lie in buffers made at the start
+    options = {"max_new_tokens": 2_000, "thought_length": 4, "output_logits": False}
+    out = write(model, tokens(1, 5), **options)
+    assert out.counts["thoughts"] >= 2_000
+    assert len(seen) > 4
+    # the text's keys and values lie in buffers made at the start
+    assert max(seen[1:]) - min(seen[1:]) < 20_000 < model.boundary.start.numel() * 2_000 / 10
