@@ -287,10 +287,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             generator=generator,
         )
 
-    def generate(self, inputs: Tensor, generation_config=None, **options: Any):  # type: ignore[override]
+    def generate(self, inputs: Tensor | None = None, generation_config=None, **options: Any):  # type: ignore[override]
         """Continue a batch of prompts, thinking before its tokens.
 
-        As transformers' own `generate`: inputs [B, T] int64; a GenerationConfig or its options
+        As transformers' own `generate`: inputs or input_ids [B, T] int64; a GenerationConfig or its options
         (max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id,
         stop_strings with tokenizer, num_return_sequences, return_dict_in_generate ...), attention_mask [B, T]
         with 0 on LEFT padding, logits_processor, stopping_criteria (asked for one row at a time), streamer.

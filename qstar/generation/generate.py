@@ -62,9 +62,10 @@ class QuietStarGenerateOutput(ModelOutput):
 @torch.no_grad()
 def generate(
     model,
-    input_ids: Tensor,
+    inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     *,
+    input_ids: Tensor | None = None,
     think: str = "always",
     draft_length: int | None = None,
     entropy_threshold: float | None = None,
@@ -83,6 +84,10 @@ def generate(
     thinking = _thinking(
         model.quiet_star, think, draft_length, entropy_threshold, thought_length, thought_temperature
     )
+    if (inputs is None) == (input_ids is None):
+        raise ValueError("inputs, input_ids: give exactly one of them")
+    input_ids = inputs if input_ids is None else input_ids
+    assert input_ids is not None
     if input_ids.ndim != 2 or input_ids.shape[1] < 1:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens], at least 1 token"

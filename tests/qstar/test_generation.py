@@ -258,6 +258,20 @@ def test_stopping_criteria_streamer_and_callbacks_see_every_token_once():
     assert finished == [0]
 
 
+def test_a_tokenizers_output_is_taken_as_it_is():
+    tokenizer = tiny_tokenizer(pad=True)
+    tokenizer.padding_side = "left"
+    model = QuietStarForCausalLM.from_base(base_model(vocab_size=len(tokenizer)), QuietStarConfig())
+    batch = tokenizer(["the state", "we meet today"], padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 4, "thought_temperature": 0.0, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(**batch, **options)
+    expected = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+    assert torch.equal(out, expected)
+    for given in ({}, {"inputs": batch["input_ids"], "input_ids": batch["input_ids"]}):
+        with pytest.raises(ValueError, match="inputs, input_ids: give exactly one of them"):
+            model.generate(**given)
+
+
 def test_several_sequences_of_a_prompt_and_what_is_returned():
     model, (ids, mask) = thinking_model(mix=0.1), prompts()
     plain = model.generate(
