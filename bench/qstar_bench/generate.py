@@ -4,9 +4,10 @@
 - adaptive: thoughts where the base prediction is uncertain;
 - speculative: a thought before every token, several at once over drafted tokens;
 - sequential: the same, one token at a time (draft_length 0), for the first tokens;
-- recompute: the published way (its `custom_generate`): for every new token the whole text is read again and
-  every position of it thinks again, under a dense mask and with all logits; for a few tokens spread evenly
-  over the text, since it takes long.
+- recompute: the published way (its `custom_generate`): for every new token the whole text is read again,
+  every position of it thinks again, and every pass computes all logits; but with our attention in place of
+  the dense mask, so that it is faster than the published code. A few tokens spread evenly over the text,
+  since it takes long.
 
 All are greedy, with greedy thoughts: speculative, sequential and recompute must write the same tokens, which
 is checked before a figure is printed. The threshold of adaptive thinking comes from the checkpoint (`qstar
@@ -71,7 +72,7 @@ def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
     slots = SlotCache(k + 2)
     embedding = model.boundary.start.expand(1, T, -1)
     for slot in range(k + 2):
-        block_pass = BlockPass(text, torch.zeros_like(end), end, slots, slot, impl="reference")
+        block_pass = BlockPass(text, torch.zeros_like(end), end, slots, slot)
         after = model.read_slots(embedding, end + slot, block_pass)
         scores = logits(after[0], model.head)  # of all positions, as all of them go on thinking
         if slot < k:
