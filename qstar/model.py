@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -293,7 +295,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         As transformers' own `generate`: inputs or input_ids [B, T] int64; a GenerationConfig or its options
         (max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id,
         stop_strings with tokenizer, num_return_sequences, return_dict_in_generate ...), attention_mask [B, T]
-        with 0 on LEFT padding, logits_processor, stopping_criteria (asked for one row at a time), streamer.
+        with 0 on LEFT padding, logits_processor (functions of the text alone: drafts are asked about twice),
+        stopping_criteria (asked for one row at a time), streamer.
         Besides:
 
         think: "always"; "adaptive", where the entropy of the base prediction exceeds entropy_threshold (nats,
@@ -464,6 +467,18 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                         "gradient checkpointing use_reentrant = True: must be False, it loses gradients"
                     )
                 break
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode again afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _special_tokens(base: PreTrainedModel, tokenizer) -> list[int]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from qstar import report
 from qstar.cli.options import parse_options
+from qstar.cli.prompts import check_lengths, done_before, read_records
 from qstar.model import QuietStarForCausalLM
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -32,7 +33,7 @@ class GenerateArguments:
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "JSONL file for its answers; what it already holds is not done again."},
+        metadata={"help": "JSONL file for its answers; what it holds already is not done again."},
     )
     batch_size: int = field(default=8, metadata={"help": "Prompts of the file that run together."})
     max_new_tokens: int = field(default=64, metadata={"help": "Tokens to write."})
@@ -64,10 +65,13 @@ class GenerateArguments:
 
 
 class Answer:
-    """One prompt's text as it grows: token by token from the loop, printed as soon as it is readable."""
+    """One prompt's text as it grows: token by token from the loop, printed as soon as it is readable; ends:
+    ids that end a text and are no part of it."""
 
-    def __init__(self, tokenizer, prompt: str, show_thoughts: bool, stream: bool):
-        self.tokenizer, self.prompt, self.show_thoughts = tokenizer, prompt, show_thoughts
+    def __init__(self, tokenizer, prompt: str, ends: list[int], show_thoughts: bool, stream: bool):
+        self.tokenizer, self.prompt, self.ends, self.show_thoughts = tokenizer, prompt, ends, show_thoughts
+        self.ids = tokenizer(prompt)["input_ids"]
+        self.before = len(tokenizer.decode(self.ids))
         self.stream, self.printed = stream, 0
         self.tokens: list[int] = []
         self.thoughts: list[str] = []
@@ -96,7 +100,7 @@ class Answer:
 
     def shown_again(self) -> Answer:
         """A copy of an answer that was not streamed, which has been."""
-        copy = Answer(self.tokenizer, self.prompt, self.show_thoughts, stream=True)
+        copy = Answer(self.tokenizer, self.prompt, self.ends, self.show_thoughts, stream=True)
         for token, thought in zip(self.tokens, self.thoughts):
             copy.tokens.append(token)
             copy.thoughts.append(thought)
@@ -104,10 +108,10 @@ class Answer:
         return copy
 
     def text(self) -> str:
-        """What was written, up to the end-of-text token."""
-        end = self.tokenizer.eos_token_id
-        tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] == end else self.tokens
-        return self.tokenizer.decode(tokens)
+        """What was written, up to the end. Decoded with its prompt: alone, some tokenizers lose the space
+        before it."""
+        tokens = self.tokens[:-1] if self.tokens and self.tokens[-1] in self.ends else self.tokens
+        return self.tokenizer.decode(self.ids + tokens)[self.before :]
 
     def document(self) -> dict[str, Any]:
         found: dict[str, Any] = {"prompt": self.prompt, "text": self.text()}
@@ -119,12 +123,13 @@ class Answer:
 def main(argv: list[str]) -> int:
     (args,) = parse_options(GenerateArguments, argv, prog="qstar generate")
     records = _records(args)
-    done = _done(args.output) if args.output else {}
+    done = done_before(args.output) if args.output else {}
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ends = _ends(model, tokenizer)
     if args.output is None:
         stream = not args.json and len(records) == 1
-        answers = [Answer(tokenizer, x["prompt"], args.show_thoughts, stream) for x in records]
+        answers = [Answer(tokenizer, x["prompt"], ends, args.show_thoughts, stream) for x in records]
         _run(model, tokenizer, answers, args, args.seed)
         for answer in answers if not args.json else ():
             if not stream:
@@ -134,6 +139,7 @@ def main(argv: list[str]) -> int:
         if args.json:
             report.last_line({"answers": [answer.document() for answer in answers]})
         return 0
+    check_lengths(model, tokenizer, records, args)
     waiting = [i for i in range(len(records)) if i not in done]
     with (
         open(args.output, "a", encoding="utf-8") as out,
@@ -141,10 +147,12 @@ def main(argv: list[str]) -> int:
     ):
         for first in range(0, len(waiting), args.batch_size):
             batch = waiting[first : first + args.batch_size]
-            answers = [Answer(tokenizer, records[i]["prompt"], args.show_thoughts, False) for i in batch]
+            answers = [
+                Answer(tokenizer, records[i]["prompt"], ends, args.show_thoughts, False) for i in batch
+            ]
 
             def finished(row: int, batch=batch, answers=answers) -> None:
-                line = {"index": batch[row], **records[batch[row]], **answers[row].document()}
+                line = {**records[batch[row]], **answers[row].document(), "index": batch[row]}
                 print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
                 bar.update()
 
@@ -155,7 +163,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(model, tokenizer, answers: list[Answer], args: GenerateArguments, seed: int, finished=None) -> None:
-    ids, mask = left_padded([tokenizer(answer.prompt)["input_ids"] for answer in answers])
+    ids, mask = left_padded([answer.ids for answer in answers])
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
@@ -164,7 +172,7 @@ def _run(model, tokenizer, answers: list[Answer], args: GenerateArguments, seed:
         ids,
         attention_mask=mask,
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=answers[0].ends or None,
         pad_token_id=tokenizer.pad_token_id or 0,
         stop_strings=args.stop or None,
         tokenizer=tokenizer,
@@ -194,39 +202,21 @@ def _records(args: GenerateArguments) -> list[dict[str, Any]]:
     if args.input is None:
         records = [{"prompt": prompt} for prompt in args.prompt]
     else:
-        path = Path(args.input)
-        if not path.is_file():
-            raise ValueError(f"input = {args.input!r}: no such file")
-        records = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"input = {args.input!r}: line {number} is no JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise ValueError(f"input = {args.input!r}: line {number} has no text `prompt`")
-            records.append(record)
-        if not records:
-            raise ValueError(f"input = {args.input!r}: the file is empty")
+        records = read_records(args.input)
+        if args.output is not None and Path(args.input).resolve() == Path(args.output).resolve():
+            raise ValueError(f"output = {args.output!r}: must be another file than input")
     for record in records:
         if not record["prompt"]:
             raise ValueError("prompt = '': must not be empty")
     return records
 
 
-def _done(output: str) -> dict[int, dict]:
-    """The answers that a run before wrote, by their index; a line that it could not finish is cut off."""
-    path = Path(output)
-    if not path.exists():
-        return {}
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        path.write_bytes(kept)
-    try:
-        return {answer["index"]: answer for answer in map(json.loads, kept.decode("utf-8").splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"output = {output!r}: holds other lines than answers: {error!r}") from error
+def _ends(model, tokenizer) -> list[int]:
+    """Ids that end a text: those of the model's generation config, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+    except KeyboardInterrupt:
+        print(f"\nqstar {name}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:  # what a user can mend, in one line
         print(f"qstar {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

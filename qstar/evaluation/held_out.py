@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from qstar.data import collate
 from qstar.layout import TextRows, ThoughtLayout
-from qstar.model import QuietStarForCausalLM
+from qstar.model import QuietStarForCausalLM, in_eval_mode
 
 HARD_SHARE = 0.1
 
@@ -59,23 +59,22 @@ def scored(
     )
     for row in rows:
         model.check_length(len(row["input_ids"]), "a held-out row", config)
-    was_training, device = model.training, model.boundary.start_raw.device
-    model.eval()
-    for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
-        batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
-        text = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-        predicts = text.predicts(batch["labels"])
-        hidden, keys_values = model.read_text(batch["input_ids"], text)
-        layout = ThoughtLayout.plan(text, predicts, config)
-        thought = model.think(batch["input_ids"], hidden, keys_values, layout, config=config)
-        at = layout.valid
-        target = batch["labels"].gather(1, layout.target_index[..., 0])[at]
-        base = thought.base_hidden[:, :, 0, 0][at]
-        weight = thought.mix_weight[:, :, 0, 0][at]
-        mixed = mixed_nll(base, thought.talk_hidden[:, :, 0, 0][at], weight, model.head, target)
-        found = nll(base, model.head, target), mixed, weight, entropy(base, model.head)
-        yield HeldOut(*(x.cpu() for x in (*found, target, thought.tokens[:, :, 0][at])))
-    model.train(was_training)
+    device = model.boundary.start_raw.device
+    with in_eval_mode(model):
+        for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
+            batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
+            text = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+            predicts = text.predicts(batch["labels"])
+            hidden, keys_values = model.read_text(batch["input_ids"], text)
+            layout = ThoughtLayout.plan(text, predicts, config)
+            thought = model.think(batch["input_ids"], hidden, keys_values, layout, config=config)
+            at = layout.valid
+            target = batch["labels"].gather(1, layout.target_index[..., 0])[at]
+            base = thought.base_hidden[:, :, 0, 0][at]
+            weight = thought.mix_weight[:, :, 0, 0][at]
+            mixed = mixed_nll(base, thought.talk_hidden[:, :, 0, 0][at], weight, model.head, target)
+            found = nll(base, model.head, target), mixed, weight, entropy(base, model.head)
+            yield HeldOut(*(x.cpu() for x in (*found, target, thought.tokens[:, :, 0][at])))
 
 
 def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:

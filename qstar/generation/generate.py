@@ -7,19 +7,28 @@ builds the logits processors and stopping criteria; our loop takes the place of 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from qstar.generation.loop import THINK, Counts, Generation, OnFinished, OnToken, Thinking, Written
+from qstar.model import in_eval_mode
 
 log = logging.getLogger(__name__)
+NEW_TOKENS = 20  # transformers' own number, where nothing is said
 # what a generation config may ask for that this loop does not do: (name, what it is when unused)
 UNSUPPORTED = (
     ("num_beams", 1),
@@ -33,6 +42,17 @@ UNSUPPORTED = (
     ("force_words_ids", None),
     ("output_attentions", False),
     ("output_hidden_states", False),
+)
+
+
+# what transformers would hand to its own loop, or take in silence
+IGNORED = (
+    "labels",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "assistant_model",
+    "negative_prompt_ids",
 )
 
 
@@ -92,14 +112,24 @@ def generate(
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens], at least 1 token"
         )
+    for name in IGNORED:
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: is not used by this generator")
     mask = options.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(input_ids)  # else transformers would guess it from padding ids
     _check_mask(input_ids, mask)
+    lengths = [options, vars(generation_config or GenerationConfig()), vars(model.generation_config)]
+    if all(x.get(name) is None for x in lengths for name in ("max_new_tokens", "max_length")):
+        options["max_new_tokens"] = NEW_TOKENS
     config, _ = model._prepare_generation_config(generation_config, **options)
     for name, unused in UNSUPPORTED:
         if getattr(config, name, None) not in (unused, None):
             raise ValueError(f"{name} = {getattr(config, name)}: is not supported by this generator")
+    if isinstance(config.watermarking_config, SynthIDTextWatermarkingConfig):
+        raise ValueError(
+            "watermarking_config: SynthID counts its calls, and drafted tokens are asked about twice"
+        )
     if streamer is not None and input_ids.shape[0] * (config.num_return_sequences or 1) > 1:
         raise ValueError("streamer: streams one sequence; there are more (on_token tells the row)")
     criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -109,21 +139,21 @@ def generate(
             raise ValueError(f"tokenizer = None: stop_strings = {config.stop_strings!r} need it")
         criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         options["stop_strings"] = None
-    input_ids, options["attention_mask"] = _fitted(model, input_ids, mask, config, thinking, truncate_prompt)
-    was_training = model.training
-    model.eval()
-    try:
+    fitted, options["attention_mask"], new = _fitted(
+        model, input_ids, mask, config, thinking, truncate_prompt
+    )
+    if fitted.shape != input_ids.shape:  # a max_length counted the whole prompt
+        options |= {"max_new_tokens": new, "max_length": None}
+    with in_eval_mode(model):
         return GenerationMixin.generate(
             model,
-            input_ids,
+            fitted,
             generation_config,
             stopping_criteria=criteria,
             streamer=streamer,
             custom_generate=_Loop(thinking, generator, streamer, on_token, on_finished),
             **options,
         )
-    finally:
-        model.train(was_training)
 
 
 class _Loop:
@@ -157,6 +187,7 @@ class _Loop:
             keep,
             self._tell,
             self.on_finished,
+            _ids_of(c.eos_token_id),
         )
         written = loop.run()
         if self.streamer is not None:
@@ -170,6 +201,10 @@ class _Loop:
             self.streamer.put(torch.tensor([token]))
         if self.on_token is not None:
             self.on_token(row, token, thought)
+
+
+def _ids_of(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _collected(
@@ -214,6 +249,7 @@ def _thinking(
     if think == "adaptive":
         allowed = "set, here or by `qstar calibrate`, for think = 'adaptive'"
         require(entropy_threshold is not None, "entropy_threshold", entropy_threshold, allowed)
+        require(not math.isnan(entropy_threshold), "entropy_threshold", entropy_threshold, "a number")
     k = config.thought_length if thought_length is None else thought_length
     temperature = config.thought_temperature if thought_temperature is None else thought_temperature
     require(k >= 0, "thought_length", k, "at least 0")
@@ -240,19 +276,19 @@ def _fitted(
     config: GenerationConfig,
     thinking: Thinking,
     truncate: bool,
-) -> tuple[Tensor, Tensor]:
-    """The prompt and its mask; cut on the left where they do not fit the context with the new tokens and a
-    thought, and that was asked for."""
+) -> tuple[Tensor, Tensor, int]:
+    """The prompt and its mask, cut on the left where they do not fit the context with the new tokens and a
+    thought, and that was asked for; and the number of new tokens."""
     T, context = input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
     new = config.max_new_tokens
     if new is None:
-        new = (config.max_length or 20) - T
+        new = config.max_length - T
     if new < 1:
         raise ValueError(f"max_new_tokens = {new}: must be at least 1")
     slots = 0 if thinking.think == "never" else thinking.thought_length + 2
     longest = T + new - 1 + slots
     if context is None or longest <= context:
-        return input_ids, mask
+        return input_ids, mask, new
     fits = context - (longest - T)
     if not truncate or fits < 1:
         raise ValueError(
@@ -260,4 +296,4 @@ def _fitted(
             f"the last one) exceed the model's context of {context}"
         )
     log.warning("the prompt of %d tokens is cut to its last %d: the model's context is %d", T, fits, context)
-    return input_ids[:, -fits:], mask[:, -fits:]
+    return input_ids[:, -fits:], mask[:, -fits:], new

@@ -70,13 +70,14 @@ class Counts:
 @dataclass(frozen=True)
 class _Draft:
     """hidden [B, n, D]; base [B, n, V] fp32 logits; from_scores: processed, n - 1 of [B, V], what tokens
-    [B, n - 1] were drawn from; thinks [B, n] bool."""
+    [B, n - 1] were drawn from; thinks [B, n] bool; ended: every row's draft holds an end."""
 
     hidden: Tensor
     base: Tensor
     from_scores: list[Tensor]
     tokens: Tensor
     thinks: Tensor
+    ended: bool
 
 
 # (row, token, thought or None), as soon as a token is certain
@@ -101,8 +102,10 @@ class Generation:
         keep: tuple[str, ...] = (),
         on_token: OnToken | None = None,
         on_finished: OnFinished | None = None,
+        eos: list[int] | None = None,
     ):
-        """keep: of "logits" (the mixed ones) and "scores" (processed), what is kept for every token."""
+        """keep: of "logits" (the mixed ones) and "scores" (processed), what is kept for every token; eos:
+        after which nothing is drafted (the criteria decide where a row ends)."""
         self.model, self.thinking, self.sample, self.generator = model, thinking, sample, generator
         self.processors, self.criteria, self.max_length = processors, criteria, max_length
         self.keep, self.on_token, self.on_finished = keep, on_token, on_finished
@@ -112,6 +115,7 @@ class Generation:
         self.ids[:, :T] = input_ids
         self.columns = [T] * B  # certain tokens of each row, left padding counted
         rows = _rows(input_ids, attention_mask)
+        self.eos = torch.tensor(eos or [], dtype=torch.long, device=input_ids.device)
         self.start = rows.segment_start[:, -1:]
         context = getattr(model.config, "max_position_embeddings", None)
         self.last_position = room + thinking.thought_length + 1 if context is None else context - 1
@@ -132,7 +136,9 @@ class Generation:
         at = torch.tensor(self.columns, device=self.ids.device)
         draft = self._draft(at)
         mixed, thoughts, weights = self._think(draft, at)
-        scores = [self._processed(mixed[:, i], i) for i in range(mixed.shape[1])]
+        scores = [self._processed(mixed[:, i], i) for i in range(mixed.shape[1] - draft.ended)]
+        if draft.ended:  # a token after the end is never kept: no processor is asked about it
+            scores.append(mixed[:, -1])
         if self.sample:
             wanted, drafted_from = (
                 torch.stack([x.softmax(-1) for x in given], 1) if given else mixed[:, :0]
@@ -161,17 +167,19 @@ class Generation:
         from_scores: list[Tensor] = []
         tokens: list[Tensor] = []
         thinks: list[Tensor] = []
+        ended = ~active
         while True:
             i = len(hidden)
             hidden.append(self.hidden)
             base.append(logits(self.hidden, self.model.head))
-            thinks.append(self._wants_thought(base[-1]) & active)
+            thinks.append(self._wants_thought(base[-1]) & ~ended)
             enough = int(torch.stack(thinks).sum(0).max()) > wanted
-            if i >= most or enough:
+            if i >= most or enough or bool(ended.all()):
                 break
             from_scores.append(self._processed(base[-1], i))
             token = self._choose(from_scores[-1])
             tokens.append(token)
+            ended = ended | torch.isin(token, self.eos)
             self.ids[torch.arange(len(at), device=at.device), at + i] = token
             self.hidden = self._read_token(token[:, None], at + i, max(self.columns) + i)
         self.hidden = None
@@ -181,6 +189,7 @@ class Generation:
             from_scores=from_scores,
             tokens=torch.stack(tokens, 1) if tokens else self.ids[:, :0],
             thinks=torch.stack(thinks, 1),
+            ended=bool(tokens) and bool(ended.all()),
         )
 
     def _wants_thought(self, base: Tensor) -> Tensor:
@@ -202,9 +211,12 @@ class Generation:
             return scores
         found = torch.empty_like(scores)
         for n in sorted(set(self.columns)):
-            rows = torch.tensor([b for b, columns in enumerate(self.columns) if columns == n])
+            has = torch.tensor([columns == n for columns in self.columns], device=scores.device)
+            ids = self.ids[:, : n + i]
+            if not bool(has.all()):  # the others' rows are no text up to here: they show one that is
+                ids = torch.where(has[:, None], ids, ids[has][:1])
             # a copy: they may write to what they are given
-            found[rows] = self.processors(self.ids[:, : n + i], scores.clone())[rows]
+            found[has] = self.processors(ids, scores.clone())[has]
         return found
 
     # -- passes of the base model
@@ -268,7 +280,7 @@ class Generation:
         closing = torch.stack([last, model.boundary.end.to(last.dtype).expand(B, P, -1)], 2).flatten(1, 2)
         talk = read(closing, k, slots).view(B, P, 2, -1)[:, :, 1]
         base_hidden = draft.hidden.gather(1, position[..., None].expand(-1, -1, draft.hidden.shape[-1]))
-        w = self.model.mixing(base_hidden, talk)
+        w = self.model.mixing(base_hidden, talk).float()
         mixed = draft.base.clone()
         row, which = valid.nonzero(as_tuple=True)
         there = position[row, which]

@@ -91,8 +91,9 @@ def test_an_interrupted_file_keeps_what_was_finished_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(command.Answer, "add", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(capsys, checkpoint, prompts, output)
+        code, _, err = run(capsys, checkpoint, prompts, output)
+        assert code == 130
+        assert err.endswith("qstar generate: interrupted\n")
     kept = by_index(output)
     assert 2 <= len(kept) < 5
     with output.open("a") as file:
@@ -155,9 +156,42 @@ def test_lines_that_are_no_prompts_or_no_answers_are_told(capsys, checkpoint, pr
         bad.write_text(text)
         _, _, err = run(capsys, checkpoint, bad, tmp_path / "out.jsonl")
         assert message in err
-    bad.write_text('{"no": "index"}\n')
-    _, _, err = run(capsys, checkpoint, prompts, bad)
-    assert "holds other lines than answers" in err
+    for other in ('{"no": "index"}\n', "precious notes, one line", '{"prompt": "a"}\n{"prompt": "b"}'):
+        bad.write_text(other)
+        _, _, err = run(capsys, checkpoint, prompts, bad)
+        assert "holds other lines than answers" in err
+        assert bad.read_text() == other  # untouched
+    _, _, err = run(capsys, checkpoint, prompts, prompts)
+    assert "must be another file than input" in err or "holds other lines than answers" in err
+    assert len(lines(prompts)) == 5
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"prompt": "the"}\n' + json.dumps({"prompt": PROSE * 3}) + "\n")
+    _, _, err = run(capsys, checkpoint, long, tmp_path / "new.jsonl")
+    assert "prompt 1 ('the state of the union is stro') needs" in err
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_records_with_odd_characters_and_names_of_their_own(capsys, checkpoint, tmp_path):
+    given, output = tmp_path / "given.jsonl", tmp_path / "out.jsonl"
+    records = [
+        {"prompt": "the\u2028state", "index": 7},
+        {"prompt": "we \x85 meet", "index": 7, "text": "mine"},
+    ]
+    text = "\r\n\r\n".join(json.dumps(x, ensure_ascii=False) for x in records)
+    given.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n\n")
+    assert run(capsys, checkpoint, given, output)[0] == 0
+    answers = [json.loads(x) for x in output.read_text().split("\n") if x]
+    assert sorted(x["index"] for x in answers) == [0, 1]
+    assert {x["prompt"] for x in answers} == {x["prompt"] for x in records}
+    before = output.read_bytes()
+    output.write_bytes(before.rstrip(b"\n"))  # an editor may have taken the last newline
+    code, out, _ = run(capsys, checkpoint, given, output, "--json")
+    assert (code, json.loads(out)["already_there"]) == (0, 2)
+    assert output.read_bytes() == before
+    given.write_text(r'{"prompt": "half \ud800"}')
+    assert "is no JSON" in run(capsys, checkpoint, given, output)[2]
+    given.write_bytes("é".encode("latin-1"))
+    assert "is no UTF-8 text" in run(capsys, checkpoint, given, output)[2]
 
 
 def test_score_gives_every_token_its_figures_as_the_parallel_pass_has_them(capsys, checkpoint, tmp_path):

@@ -307,6 +307,11 @@ def test_several_sequences_of_a_prompt_and_what_is_returned():
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_token": 3}, "max_new_token"),
         ({"streamer": object()}, "streamer: streams one sequence"),
+        ({"labels": tokens(2, 5)}, "labels: is not used by this generator"),
+        (
+            {"think": "adaptive", "entropy_threshold": float("nan")},
+            "entropy_threshold = nan: must be a number",
+        ),
     ],
     ids=lambda x: str(x)[:40],
 )
@@ -327,6 +332,41 @@ def test_an_empty_prompt_and_one_beyond_the_context_are_refused_unless_cutting_i
     expected = write(model, ids[:, -fits:], max_new_tokens=5, thought_temperature=0.0)
     assert torch.equal(out.sequences, expected.sequences)
     assert f"the prompt of 120 tokens is cut to its last {fits}" in caplog.text
+
+
+def test_without_a_length_twenty_tokens_are_written_and_a_max_length_counts_the_prompt():
+    model = thinking_model(mix=0.1)
+    options = {"eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(tokens(1, 25), **options).shape == (1, 45)
+    assert model.generate(tokens(1, 25), max_length=30, **options).shape == (1, 30)
+    with pytest.raises(ValueError, match="max_new_tokens = -5: must be at least 1"):
+        model.generate(tokens(1, 25), max_length=20, **options)
+    cut = model.generate(tokens(1, 200), max_length=206, truncate_prompt=True, **options)
+    assert cut.shape == (1, 96 - (6 - 1 + 5) + 6)
+
+
+def test_a_draft_stops_at_the_end_and_no_processor_is_asked_what_follows_it():
+    model, (ids, _) = thinking_model(mix=0.1), prompts()
+    eos = int(write(model, ids[:1], max_new_tokens=5, thought_temperature=0.0).new_tokens[0, 3])
+
+    def allowed(batch_id, text):
+        return [] if eos in text[12:].tolist() else list(range(2, 61))
+
+    options = {"max_new_tokens": 12, "eos_token_id": eos, "thought_temperature": 0.0}
+    out = write(model, ids[:1], prefix_allowed_tokens_fn=allowed, draft_length=9, **options)
+    assert out.new_tokens[0, -1] == eos
+    slow = write(model, ids[:1], prefix_allowed_tokens_fn=allowed, draft_length=0, **options)
+    assert torch.equal(out.sequences, slow.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_low_precision_generates_and_leaves_every_module_in_its_mode(dtype):
+    model = thinking_model().to(dtype).train()
+    model.base.eval()
+    ids, mask = prompts()
+    out = write(model, ids, mask, max_new_tokens=4)
+    assert out.mix_weight.dtype == torch.float32
+    assert (model.training, model.base.training, model.mixing.training) == (True, False, True)
 
 
 # -- the embedded model
