@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from qstar_kernels.triton_tiles import CHIPS
 from torch import Tensor
 
@@ -352,9 +353,24 @@ PROPERTIES = {
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16}
 
 
+def index_as_numpy_2_4_wants() -> None:
+    """Triton 3.6's interpreter takes int() of an array of one number, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def main(names: list[str]) -> None:
     """Each name is a property, or a case and a dtype: "softcap-fp32"; "softcap-fp32-tma" loads the prefix by
     descriptors, as on chips that have them; "plain-fp32-flash" runs impl="flash" on one of its own cases."""
+    if triton.__version__.startswith("3.6."):
+        index_as_numpy_2_4_wants()
     chip = CHIPS["interpreter"]
     for name in names:
         try:
