@@ -14,7 +14,11 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 
 @functools.cache
-def _compiled():
+def _compiled(device: str):
+    if device == "cpu":
+        # Inductor's C++ for the mask, and of attention for changing shapes, does not always compile there: so
+        # the mask is made as a dense one first
+        return create_block_mask, torch.compile(flex_attention, dynamic=False)
     # not compiled, the first would hold the dense mask and the second all scores
     return torch.compile(create_block_mask), torch.compile(flex_attention)
 
@@ -80,7 +84,7 @@ def flex(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    make_mask, attend = _compiled()
+    make_mask, attend = _compiled(q.device.type)
     block_mask = make_mask(rule, B, None, N * Lq, T + N * Lk, device=q.device.type)
     rows = q.flatten(1, 2).transpose(1, 2)  # [B, Hq, N * Lq, D]
     keys, values = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,27 +13,32 @@ from qstar_kernels.cpu_attention import cpu_attention
 from qstar_kernels.reference import reference
 
 
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    """A function of this package, imported when it is first called: Triton may be missing, and
-    FlexAttention is slow to import."""
+# Imported when first called: Triton may be missing, and FlexAttention is slow to import. By import
+# statements, which torch.compile can follow.
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from qstar_kernels.triton_attention import triton_attention
 
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"qstar_kernels.{module}"), name)(*arguments)
+    return triton_attention(*arguments)
 
-    return call
+
+def _flash(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from qstar_kernels.flash import flash
+
+    return flash(*arguments)
+
+
+def _flex(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from qstar_kernels.flex import flex
+
+    return flex(*arguments)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference,
     "cpu": cpu_attention,
-    "triton": _imported("triton_attention", "triton_attention"),
-    "flash": _imported("flash", "flash"),
-    "flex": _imported("flex", "flex"),
-}
-_WHY_NOT = {
-    "triton": _imported("triton_attention", "why_not"),
-    "flash": _imported("flash", "why_not"),
-    "flex": _imported("flex", "why_not"),
+    "triton": _triton,
+    "flash": _flash,
+    "flex": _flex,
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,16 +60,22 @@ def resolve_impl(
         raise ValueError(f"impl = {impl!r}: must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if impl == "cpu" and kind != "cpu":
         raise ValueError(f"impl = 'cpu': the tensors are on {kind}")
-    if impl in _WHY_NOT and (reason := _why_not(impl, device, dtype, D)):
+    if impl in ("triton", "flash", "flex") and (reason := _why_not(impl, device, dtype, D)):
         raise ValueError(f"impl = {impl!r}: {reason}")
     return impl
 
 
 def _why_not(impl: str, device: torch.device | str, dtype: torch.dtype | None, D: int | None) -> str | None:
     try:
-        return _WHY_NOT[impl](device, dtype, D)
+        if impl == "triton":
+            from qstar_kernels.triton_attention import why_not
+        elif impl == "flash":
+            from qstar_kernels.flash import why_not
+        else:
+            from qstar_kernels.flex import why_not
     except ImportError as error:
         return f"{error.name or error} is not installed"
+    return why_not(device, dtype, D)
 
 
 def thought_attention(

@@ -325,7 +325,7 @@ def flash_names_what_it_cannot_do() -> None:
     from qstar_kernels import thought_attention
 
     for name, message in (
-        ("documents", "the blocks do not lie R at each"),
+        ("documents", "the blocks are not R at each"),
         ("softcap", "softcap = 2.0 is not supported"),
         ("window_2", "window = 2 is not supported"),
     ):
