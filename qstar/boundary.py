@@ -16,11 +16,11 @@ class BoundaryEmbeddings(nn.Module):
     parameter's.
     """
 
-    def __init__(self, width: int, scale: float):
+    def __init__(self, width: int, scale: float, device: torch.device | None = None):
         super().__init__()
         self.scale = scale
-        self.start_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32))
-        self.end_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32))
+        self.start_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device))
+        self.end_raw = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device))
 
     @property
     def start(self) -> Tensor:

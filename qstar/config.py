@@ -71,6 +71,13 @@ class QuietStarConfig:
         metadata={"help": "Nats of entropy of the base prediction above which think = adaptive thinks."},
     )
     attention: str = field(default="auto", metadata={"help": "Implementation of thought attention."})
+    block_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Thoughts of a row that are computed at once, the others later, and all again in "
+            "backward: the same gradients in bounded memory; default: all."
+        },
+    )
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, allowed: str) -> None:
@@ -96,6 +103,10 @@ class QuietStarConfig:
         require(
             "entropy_threshold", self.entropy_threshold is None or self.entropy_threshold >= 0, "at least 0"
         )
+        chunk = self.block_chunk
+        if chunk is not None:
+            require("block_chunk", isinstance(chunk, int) and not isinstance(chunk, bool), "an integer")
+            require("block_chunk", chunk >= self.num_thoughts, f"at least num_thoughts = {self.num_thoughts}")
         require("boundary_scale", self.boundary_scale > 0, "positive")
         require("boundary_token", bool(self.boundary_token), "a non-empty text")
 

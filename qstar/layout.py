@@ -8,7 +8,8 @@ m talk tokens, L = k + m + 1 slots in a block: `<start>`, c_1 .. c_k, `<end>`, x
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -114,6 +115,25 @@ class ThoughtLayout:
     def target_index(self) -> Tensor:
         """[B, P, m]: t + 1 + j, kept inside the row."""
         return (self.talk_index + 1).clamp(max=self.tokens - 1)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
+        """The same blocks, `size` positions of each row at a time: (which positions, their layout)."""
+        P, R = self.positions.shape[1], self.num_thoughts
+        for first in range(0, P, size):
+            at = slice(first, min(first + size, P))
+            blocks = slice(at.start * R, at.stop * R)
+            part = replace(
+                self,
+                positions=self.positions[:, at],
+                valid=self.valid[:, at],
+                prefix_start=self.prefix_start[:, blocks],
+                prefix_end=self.prefix_end[:, blocks],
+                slot_position_ids=self.slot_position_ids[:, blocks],
+                talk_index=self.talk_index[:, at],
+                target_valid=self.target_valid[:, at],
+                rewarded=self.rewarded[:, at],
+            )
+            yield at, part
 
     @classmethod
     def plan(

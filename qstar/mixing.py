@@ -1,5 +1,7 @@
 """The mixing head: how much of the prediction after a thought enters the final one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,14 +14,15 @@ class MixingHead(nn.Module):
     code.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, device: torch.device | None = None):
         super().__init__()
+        exact: Any = {"device": device, "dtype": torch.float32}
         self.layers = nn.Sequential(
-            nn.Linear(2 * width, width, dtype=torch.float32),
+            nn.Linear(2 * width, width, **exact),
             nn.ReLU(),
-            nn.Linear(width, width, dtype=torch.float32),
+            nn.Linear(width, width, **exact),
             nn.ReLU(),
-            nn.Linear(width, 1, bias=False, dtype=torch.float32),
+            nn.Linear(width, 1, bias=False, **exact),
         )
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
 

@@ -8,53 +8,27 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from qstar_kernels.vocabulary import LinearHead, entropy, weighted_mixed_nll, weighted_nll
+from qstar_kernels.vocabulary import LinearHead
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
 
-from qstar import checkpoint, objective
+from qstar import checkpoint
 from qstar.attention import BlockPass, TextPass, check_supported, use_thought_attention
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
 from qstar.cache import SlotCache, TextKeysValues
 from qstar.config import QuietStarConfig
-from qstar.layout import IGNORE, TextRows, ThoughtLayout
+from qstar.layout import TextRows, ThoughtLayout
 from qstar.mixing import MixingHead
+from qstar.phases import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
 from qstar.rollout import rollout
+from qstar.step import QuietStarOutput, Thoughts, training_step
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class QuietStarOutput(ModelOutput):
-    """loss: scalar, to call backward on; metrics: detached scalars by name; nll_loss, policy_loss: the two
-    weighted parts of the loss, with their graph."""
-
-    loss: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
-    nll_loss: Tensor | None = None
-    policy_loss: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Thoughts:
-    """What thinking gives, at the positions of `layout` (P of them, R thoughts at each, N = P * R).
-
-    tokens [B, P, R, k] int64; slot_hidden [B, P, R, L, D], all slots after the final norm; talk_hidden
-    [B, P, R, m, D], its last m; base_hidden [B, P, 1, m, D] of x_{t+j}; mix_weight [B, P, R, m] fp32.
-    """
-
-    layout: ThoughtLayout
-    tokens: Tensor
-    slot_hidden: Tensor
-    talk_hidden: Tensor
-    base_hidden: Tensor
-    mix_weight: Tensor
 
 
 class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
@@ -80,12 +54,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = base.generation_config
         self.quiet_star = quiet_star
         head = base.get_output_embeddings().weight
-        self.boundary = BoundaryEmbeddings(
-            base.get_input_embeddings().weight.shape[1], quiet_star.boundary_scale
-        )
-        self.mixing = MixingHead(head.shape[1])
-        self.boundary.to(head.device)
-        self.mixing.to(head.device)
+        width = base.get_input_embeddings().weight.shape[1]
+        self.boundary = BoundaryEmbeddings(width, quiet_star.boundary_scale, head.device)
+        self.mixing = MixingHead(head.shape[1], head.device)
         self.register_buffer("suppress", self._suppressed(quiet_star), persistent=False)
 
     # -- construction and checkpoints
@@ -201,9 +172,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             wrong = input_ids[(input_ids < 0) | (input_ids >= rows_of_table)]
             raise ValueError(f"input_ids = {int(wrong[0])}: must be in [0, {rows_of_table})")
         text_pass = TextPass(rows.segment_start)
-        hidden = self.base.base_model(
-            input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
-        ).last_hidden_state
+        with phase(PREFIX):
+            hidden = self.base.base_model(
+                input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
+            ).last_hidden_state
         return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
 
     def read_slots(self, embeddings: Tensor, position_ids: Tensor, block_pass: BlockPass) -> Tensor:
@@ -236,58 +208,78 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids [B, T], of which the talk tokens are fed; text_hidden [B, T, D] and text from `read_text`.
         """
         config = config or self.quiet_star
+        if thoughts is None:
+            thoughts = self.sample_thoughts(text, layout, config, generator)
+        return self.read_thoughts(input_ids, text_hidden, text, layout, thoughts, config)
+
+    def read_thoughts(
+        self,
+        input_ids: Tensor,
+        text_hidden: Tensor,
+        text: TextKeysValues,
+        layout: ThoughtLayout,
+        thoughts: Tensor,
+        config: QuietStarConfig,
+    ) -> Thoughts:
+        """All slots of given thoughts [B, P, R, k] in one pass, with gradient; see `think`."""
         k, m, L, R = config.thought_length, config.talk_length, config.slots, layout.num_thoughts
         B, P = layout.positions.shape
         N = P * R
-        block_pass = BlockPass(text, layout.prefix_start, layout.prefix_end, impl=config.attention)
-        embed = self.base.get_input_embeddings()
-        if thoughts is None:
-            thoughts = self._sample(block_pass, layout, config, generator).view(B, P, R, k)
-        elif thoughts.shape != (B, P, R, k):
+        if thoughts.shape != (B, P, R, k):
             raise ValueError(
                 f"thoughts has shape {tuple(thoughts.shape)}: must be [B, P, R, k] = {(B, P, R, k)}"
             )
-        talk = input_ids.gather(1, layout.talk_index[:, :, 1:].reshape(B, -1)).view(B, P, 1, m - 1)
-        written = torch.cat([thoughts, talk.expand(B, P, R, m - 1)], dim=-1).view(B, N, k + m - 1)
-        tokens = embed(written)
-        start, end = (
-            x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end)
-        )
-        slots = torch.cat([start, tokens[:, :, :k], end, tokens[:, :, k:]], dim=2)
-        hidden = self.read_slots(slots.flatten(1, 2), layout.slot_position_ids.flatten(1), block_pass)
+        block_pass = BlockPass(text, layout.prefix_start, layout.prefix_end, impl=config.attention)
+        with phase(BLOCKS):
+            talk = input_ids.gather(1, layout.talk_index[:, :, 1:].reshape(B, -1)).view(B, P, 1, m - 1)
+            written = torch.cat([thoughts, talk.expand(B, P, R, m - 1)], dim=-1).view(B, N, k + m - 1)
+            tokens = self.base.get_input_embeddings()(written)
+            start, end = (
+                x.to(tokens.dtype).expand(B, N, 1, -1) for x in (self.boundary.start, self.boundary.end)
+            )
+            slots = torch.cat([start, tokens[:, :, :k], end, tokens[:, :, k:]], dim=2)
+            hidden = self.read_slots(slots.flatten(1, 2), layout.slot_position_ids.flatten(1), block_pass)
         hidden = hidden.view(B, P, R, L, -1)
         talk_hidden = hidden[..., k + 1 :, :]
         rows = torch.arange(B, device=input_ids.device)[:, None, None]
         base_hidden = text_hidden[rows, layout.talk_index][:, :, None]
-        weight = self.mixing(base_hidden.expand(B, P, R, m, -1), talk_hidden)
+        with phase(LOSS):
+            weight = self.mixing(base_hidden.expand(B, P, R, m, -1), talk_hidden)
         return Thoughts(layout, thoughts, hidden, talk_hidden, base_hidden, weight)
 
     @torch.no_grad()
-    def _sample(
+    def sample_thoughts(
         self,
-        whole: BlockPass,
+        text: TextKeysValues,
         layout: ThoughtLayout,
         config: QuietStarConfig,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
     ) -> Tensor:
-        frozen = tuple((k.detach(), v.detach()) for k, v in whole.text)
+        """Thoughts [B, P, R, k] int64 at the layout's positions, from `generator` or from the numbers uniform
+        [k, B, P * R] fp64 in [0, 1)."""
+        frozen = tuple((k.detach(), v.detach()) for k, v in text)
+        whole = BlockPass(frozen, layout.prefix_start, layout.prefix_end, impl=config.attention)
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
-            step = replace(whole, text=frozen, slots=cache, first=first)
+            step = replace(whole, slots=cache, first=first)
             return self.read_slots(embeddings, layout.slot_position_ids[:, :, first], step)
 
-        return rollout(
-            read_slots=read,
-            embed=self.base.get_input_embeddings(),
-            boundary=self.boundary,
-            head=self.head,
-            blocks=tuple(layout.prefix_end.shape),  # type: ignore[arg-type]
-            thought_length=config.thought_length,
-            cache=SlotCache(config.thought_length),
-            temperature=config.thought_temperature,
-            suppress=self.suppress,
-            generator=generator,
-        )
+        with phase(ROLLOUT):
+            found = rollout(
+                read_slots=read,
+                embed=self.base.get_input_embeddings(),
+                boundary=self.boundary,
+                head=self.head,
+                blocks=tuple(layout.prefix_end.shape),  # type: ignore[arg-type]
+                thought_length=config.thought_length,
+                cache=SlotCache(config.thought_length),
+                temperature=config.thought_temperature,
+                suppress=self.suppress,
+                generator=generator,
+                uniform=uniform,
+            )
+        return found.view(*layout.positions.shape, layout.num_thoughts, -1)
 
     def generate(self, inputs: Tensor | None = None, generation_config=None, **options: Any):  # type: ignore[override]
         """Continue a batch of prompts, thinking before its tokens.
@@ -336,100 +328,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         sample none. Raises ValueError for a text that is too short, or too long with its thoughts for the
         model's context.
         """
-        config = self.quiet_star
-        rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
         self._check(input_ids)
-        if labels is None:
-            labels = input_ids.masked_fill(~rows.is_text, IGNORE)
-        elif labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
-            )
-        predicts = rows.predicts(labels)
-        if not bool(predicts.any()):
-            raise ValueError(
-                "labels: there is no target in this batch; every label is -100 or first of its text"
-            )
-        head = self.head
-        text_hidden, text = self.read_text(input_ids, rows)
-
-        next_label = torch.where(predicts, labels.roll(-1, dims=1), 0)
-        targets = next_label[predicts]
-        mean = torch.full(targets.shape, 1 / len(targets), device=targets.device)
-        base_loss, flat = weighted_nll(text_hidden[predicts], head, targets, mean)
-        base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
-        unsure = None
-        if config.thinking_positions == "uncertain":
-            candidate = rows.scored(predicts, config.talk_length).any(-1)
-            with torch.no_grad():
-                unsure = flat.new_zeros(predicts.shape).masked_scatter(
-                    candidate, entropy(text_hidden[candidate], head)
-                )
-        layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
-        thought = self.think(input_ids, text_hidden, text, layout, thoughts=thoughts, generator=generator)
-
-        B, P, R, m = thought.mix_weight.shape
-        valid = layout.target_valid[:, :, None]  # [B, P, 1, m]
-        every = valid.expand(B, P, R, m)
-        target = next_label.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m).expand(B, P, R, m)
-        mixed_loss, mixed = weighted_mixed_nll(
-            thought.base_hidden.expand(B, P, R, m, -1)[every],
-            thought.talk_hidden[every],
-            thought.mix_weight[every],
-            head,
-            target[every],
-            objective.mixed_weights(valid, R)[every],
+        return training_step(
+            self, input_ids, attention_mask, labels, generator, position_ids, num_items_in_batch, thoughts
         )
-        mixed = mixed.new_zeros(every.shape).masked_scatter(every, mixed)
-        base_at = base_nll.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
-
-        reward = objective.reward(base_at, mixed, valid)
-        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
-        rewarded = layout.rewarded[..., None].expand(B, P, R)
-        _, steps = objective.mixed_loss(mixed, valid)
-        policy = self._policy_loss(thought, advantage, rewarded.sum(), head)
-
-        share: float | Tensor = 1.0
-        if num_items_in_batch is not None:
-            share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
-        nll_loss = share * (config.base_weight * base_loss + (1 - config.base_weight) * mixed_loss)
-        policy_loss = share * config.policy_weight * policy
-        loss = nll_loss + policy_loss
-
-        reward_mean, reward_std = objective.spread(reward, rewarded)
-        weight_mean, weight_std = objective.spread(thought.mix_weight.detach(), every)
-        metrics = {
-            "base_nll": base_loss,
-            "mixed_nll": mixed_loss,
-            **{f"mixed_nll_{j + 1}": step for j, step in enumerate(steps)},
-            "reward_mean": reward_mean,
-            "reward_std": reward_std,
-            "mix_weight_mean": weight_mean,
-            "mix_weight_std": weight_std,
-            "policy_loss": policy,
-            "positive_advantages": objective.masked_mean((advantage > 0).float(), rewarded),
-            "thoughts": layout.valid.sum() * R,
-        }
-        metrics = {name: value.detach() for name, value in metrics.items()}
-        return QuietStarOutput(loss=loss, metrics=metrics, nll_loss=nll_loss, policy_loss=policy_loss)
-
-    def _policy_loss(
-        self, thought: Thoughts, advantage: Tensor, rewarded: Tensor, head: LinearHead
-    ) -> Tensor:
-        """Log-probabilities only where the advantage is positive: the other thoughts add exactly zero."""
-        k = thought.tokens.shape[-1]
-        chosen = advantage > 0
-        hidden = thought.slot_hidden[..., :k, :][chosen]  # slot i predicts c_{i+1}
-        weights = objective.policy_weights(advantage[chosen], k, rewarded)
-        loss, _ = weighted_nll(
-            hidden.flatten(0, 1),
-            head,
-            thought.tokens[chosen].flatten(),
-            weights.repeat_interleave(k),
-            temperature=self.quiet_star.reinforce_temperature,
-            suppress=self.suppress,
-        )
-        return loss
 
     def check_length(
         self, tokens: int, name: str = "input_ids", config: QuietStarConfig | None = None

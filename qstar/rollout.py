@@ -27,12 +27,13 @@ def rollout(
     temperature: float = 1.0,
     suppress: Tensor | None = None,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
     """Sample c_1 .. c_k of every block.
 
     blocks = (B, N); cache receives the K/V of `<start>` and c_1 .. c_{k-1} (c_k is sampled, not yet read);
-    suppress [S] int64: ids that never occur inside a thought; temperature 0 is argmax. Returns [B, N, k]
-    int64.
+    suppress [S] int64: ids that never occur inside a thought; temperature 0 is argmax; uniform [k, B, N] fp64
+    in [0, 1): draw by these numbers instead of the generator's. Returns [B, N, k] int64.
     """
     B, N = blocks
     tokens = torch.empty(B, N, thought_length, dtype=torch.long, device=head.weight.device)
@@ -40,7 +41,12 @@ def rollout(
     for i in range(thought_length):
         hidden = read_slots(embedding, i, cache)
         c = sample(
-            hidden.flatten(0, 1), head, temperature=temperature, suppress=suppress, generator=generator
+            hidden.flatten(0, 1),
+            head,
+            temperature=temperature,
+            suppress=suppress,
+            generator=generator,
+            uniform=None if uniform is None else uniform[i].flatten(),
         )
         tokens[:, :, i] = c.view(B, N)
         embedding = embed(tokens[:, :, i])

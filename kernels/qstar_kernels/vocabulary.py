@@ -206,15 +206,15 @@ class _TokenNLL(torch.autograd.Function):
             log_p = torch.log_softmax(_at_temperature(z, suppress, temperature), dim=1, out=z)
             result[at] = -log_p.gather(1, tokens[at, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, bias, tokens, suppress)
-        ctx.settings = head.logit_scale, head.softcap, temperature, rows
+        ctx.settings = head.logit_scale, head.softcap, head.workspace, temperature, rows
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, tokens, suppress = ctx.saved_tensors
-        scale, softcap, temperature, rows = ctx.settings
-        head = LinearHead(weight, bias, scale, softcap)
+        *described, temperature, rows = ctx.settings
+        head = LinearHead(weight, bias, *described)
         sums = _Gradients(ctx.needs_input_grad, hidden, head, tokens, temperature)
         for at, z in _chunks(hidden, head, rows):
             slope = sums.slope(z)
@@ -428,23 +428,30 @@ def sample(
     suppress: Tensor | None = None,
     generator: torch.Generator | None = None,
     rows: int | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
     """Draw a token for each row from softmax(logits / temperature) without the suppressed ids [S]: -> [M]
     int64.
 
     temperature 0 is argmax. Otherwise the inverse of the distribution function at one uniform number a row,
     drawn for all rows at once: exact, and the same for any chunk size. The Gumbel form of the same draw would
-    need V random numbers a row, which on a CPU cost more than the logits.
+    need V random numbers a row, which on a CPU cost more than the logits. uniform [M] fp64 in [0, 1): these
+    numbers instead of the generator's.
     """
     _check(head, hidden, rows=rows)
     _check_suppress(suppress, len(head.weight))
     if temperature < 0:
         raise ValueError(f"temperature = {temperature}: must be at least 0")
     tokens = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-    source = hidden.device if generator is None else generator.device
-    uniform = torch.rand(len(hidden), dtype=torch.float64, generator=generator, device=source).to(
-        hidden.device
-    )
+    if uniform is None:
+        source = hidden.device if generator is None else generator.device
+        uniform = torch.rand(len(hidden), dtype=torch.float64, generator=generator, device=source)
+    elif uniform.shape != tokens.shape or uniform.dtype != torch.float64:
+        raise ValueError(
+            f"uniform is {uniform.dtype} of shape {tuple(uniform.shape)}: must be float64 of shape "
+            f"{tuple(tokens.shape)}"
+        )
+    uniform = uniform.to(hidden.device)
     for at, z in _chunks(hidden, head, rows):
         z = _at_temperature(z, suppress, temperature or 1.0)
         if temperature == 0:
