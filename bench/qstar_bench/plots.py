@@ -1,0 +1,226 @@
+"""Plots of a run, made from its document alone: the same for the report, for `--plot` and for the docs.
+
+A bench that is not known here has none; a row that lacks what a plot needs is left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Series = dict[str, list[tuple[float, float]]]
+
+INK = "#010203"  # in an SVG: stands for the text colour of the page around it
+INCHES = (4.6, 3.1)
+SETTINGS = {
+    "text.parse_math": False,  # a name may hold a $
+    "svg.fonttype": "none",  # text stays text: it can be found, read aloud, and takes the page's font
+    "svg.hashsalt": "qstar",  # the same rows give the same bytes
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+COLOURS = ("#2f7ed8", "#e4720b", "#2ca25f", "#c0399f", "#8a6bd1", "#b08900", "#d64545", "#3aa6b9")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """series: name to its points (x, y), as lines; or, with `names`, bars stacked over the names at x = 0, 1,
+    ..."""
+
+    title: str
+    x: str
+    y: str
+    series: Series
+    log: bool = False
+    names: tuple[str, ...] | None = None
+
+
+def of_run(run: dict[str, Any]) -> list[Plot]:
+    """What is worth drawing of a run; nothing for a bench that is not known."""
+    draw = PLOTS.get(run["bench"])
+    return [] if draw is None else draw(run)
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def lines(rows: Iterable[Row], x: Callable[[Row], Any], y: str, by: Callable[[Row], Any]) -> Series:
+    """A line for each value of `by`, through the rows that have both numbers, in the order of x."""
+    found: Series = {}
+    for row in rows:
+        if number(x(row)) and number(row.get(y)):
+            found.setdefault(str(by(row)), []).append((x(row), row[y]))
+    return {name: sorted(line) for name, line in found.items()}
+
+
+def bars(title: str, y: str, rows: list[Row], names: tuple[str, ...], columns: tuple[str, ...] = ()) -> Plot:
+    """A bar for each row, of its columns (default: all that hold numbers), named by its columns `names`."""
+    columns = columns or tuple(
+        dict.fromkeys(name for row in rows for name, value in row.items() if number(value))
+    )
+    stacks = {
+        name: [(i, row[name]) for i, row in enumerate(rows) if number(row.get(name))] for name in columns
+    }
+    called = [" ".join(str(row[name]) for name in names if row.get(name) is not None) for row in rows]
+    return Plot(title, "", y, {name: stack for name, stack in stacks.items() if stack}, names=tuple(called))
+
+
+def worth(plots: Iterable[Plot]) -> list[Plot]:
+    """Those with a bar, or a line of two points."""
+    fewest = {True: 1, False: 2}
+    return [
+        plot
+        for plot in plots
+        if any(len({x for x, _ in line}) >= fewest[plot.names is not None] for line in plot.series.values())
+    ]
+
+
+def attention(run: dict[str, Any]) -> list[Plot]:
+    """Time and memory of our forward + backward over the slots and over a block's slots, a line for each T;
+    and every candidate over T where one L was measured at several."""
+    both = [row for row in run["rows"] if row.get("pass") == "both" and "L" in row and "T" in row]
+    ours = [row for row in both if row.get("candidate") == "ours"]
+    measured = (("median ms", "time", "ms"), ("memory MiB", "memory", "peak extra memory, MiB"))
+    what = "forward + backward"
+    found = []
+    for y, name, label in measured:
+        found.append(
+            Plot(
+                f"{what}: {name} over all slots", "slots N * L", label,
+                lines(ours, lambda row: row.get("N", 0) * row["L"], y, lambda row: f"T {row['T']}"), log=True,
+            )
+        )  # fmt: skip
+        found.append(
+            Plot(
+                f"{what}: {name} over the slots of a block", "slots of a block, L", label,
+                lines(ours, lambda row: row["L"], y, lambda row: f"T {row['T']}"), log=True,
+            )
+        )  # fmt: skip
+    if len({row["L"] for row in both}) == 1:
+        over_T = lines(both, lambda row: row["T"], "median ms", lambda row: row.get("candidate"))
+        found.append(Plot(f"{what}: time over the tokens", "tokens T", "ms", over_T, log=True))
+    return worth(found)
+
+
+def step(run: dict[str, Any]) -> list[Plot]:
+    """The seconds of each phase, stacked, and the peak memory of each way."""
+    phases = [row for row in run.get("phases") or [] if isinstance(row, dict)]
+    return worth(
+        [
+            bars("phases of a step", "s a step", phases, ("way", "dtype")),
+            bars("memory of a step", "peak, GiB", run["rows"], ("way", "dtype"), ("peak GiB",)),
+        ]
+    )
+
+
+def scaling(run: dict[str, Any]) -> list[Plot]:
+    """Time and memory over each knob, a line for each way."""
+    found = []
+    knobs = {"k": "thought length k", "R": "thoughts a position, R", "positions": "positions that think"}
+    for knob, label in knobs.items():
+        rows = [row for row in run["rows"] if row.get("over") == knob]
+        for y, name, unit in (("median s", "time", "s a step"), ("memory MiB", "memory", "peak, MiB")):
+            series = lines(rows, lambda row, knob=knob: row.get(knob), y, lambda row: row.get("way"))
+            found.append(Plot(f"{name} over {knob}", label, unit, series))
+    return worth(found)
+
+
+PLOTS: dict[str, Callable[[dict[str, Any]], list[Plot]]] = {
+    "attention": attention,
+    "scaling": scaling,
+    "step": step,
+}
+
+
+def svg(plot: Plot, name: str) -> str:
+    """The plot as an element of a page, in the page's text colour; name: unique on the page."""
+    with _style(INK) as pyplot:
+        figure, axis = pyplot.subplots(figsize=INCHES, layout="constrained")
+        draw(axis, plot)
+        text = StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    found = text.getvalue()
+    found = found[found.index("<svg") :].replace(INK, "currentColor")
+    found = re.sub(r' (width|height)="[\d.]+pt"', "", found, count=2)  # the page decides
+    found = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", found)  # ids hold for the whole page
+    label = escape(f"{plot.title}: {plot.y} over {plot.x or 'the ways'}")
+    return found.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def save(plots: list[Plot], path: str | Path) -> None:
+    """All plots of a run, two beside each other, as one PNG. Raises ValueError where there is none."""
+    if not plots:
+        raise ValueError(f"plot = {path}: there is nothing to draw in this run")
+    down, across = math.ceil(len(plots) / 2), min(2, len(plots))
+    with _style("black") as pyplot:
+        size = across * INCHES[0], down * INCHES[1]
+        figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+        for axis, plot in zip(axes.flat, plots):
+            draw(axis, plot)
+        for axis in axes.flat[len(plots) :]:
+            axis.set_visible(False)
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+@contextmanager
+def _style(ink: str) -> Iterator[Any]:
+    """matplotlib's pyplot, without a screen, with our settings for a while."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import cycler, pyplot
+
+    inks = (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "axes.titlecolor",
+        "xtick.color",
+        "ytick.color",
+    )
+    colours = {"axes.prop_cycle": cycler(color=COLOURS)}
+    with pyplot.rc_context(SETTINGS | colours | dict.fromkeys(inks, ink)):
+        yield pyplot
+
+
+def draw(axis: Any, plot: Plot) -> None:
+    """The plot on an axis of matplotlib."""
+    if plot.names is not None:
+        heights = [0.0] * len(plot.names)
+        for name, stack in plot.series.items():
+            places = [int(x) for x, _ in stack]
+            axis.bar(places, [y for _, y in stack], 0.6, [heights[i] for i in places], label=name)
+            for i, (_, y) in zip(places, stack):
+                heights[i] += y
+        axis.set_xticks(range(len(plot.names)), plot.names)
+        axis.set_xlim(-0.6, max(2, len(plot.names)) - 0.4)
+        axis.grid(axis="x", visible=False)
+        axis.set_axisbelow(True)
+    else:
+        for name, line in plot.series.items():
+            axis.plot(*zip(*line), marker="o", markersize=4, label=name)
+        if plot.log and all(x > 0 and y > 0 for line in plot.series.values() for x, y in line):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_ylim(bottom=0)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(plot.title, fontsize="medium")
+    axis.set_xlabel(plot.x)
+    axis.set_ylabel(plot.y)
+    if len(plot.series) > 1:
+        axis.legend(fontsize="small", framealpha=0)
