@@ -68,7 +68,8 @@ def page(runs: list[dict[str, Any]]) -> str:
     """The whole document."""
     sections = "".join(section(i, run) for i, run in enumerate(runs, 1))
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    return f"{HEAD}<h1>qstar bench</h1>\n{summary(runs, count)}{sections}</body>\n</html>\n"
+    across = drawn(plots.strategies(runs), "all")
+    return f"{HEAD}<h1>qstar bench</h1>\n{summary(runs, count)}{across}{sections}</body>\n</html>\n"
 
 
 def summary(runs: list[dict[str, Any]], count: str) -> str:
@@ -112,13 +113,15 @@ def section(i: int, run: dict[str, Any]) -> str:
     """One run: plots, then its rows and its other figures as tables."""
     name = escape(run["bench"])
     modelled = f"<p>{label(NOT_MEASURED)}</p>\n" if _all_modelled(run) else ""
-    drawn = "".join(
-        f"<div>{plots.svg(plot, f'run-{i}-{j}')}</div>\n" for j, plot in enumerate(plots.of_run(run))
-    )
-    drawn = f'<figure class="plots">\n{drawn}</figure>\n' if drawn else ""
     tables = "".join(table(run, title, rows, j == 0) for j, (title, rows) in enumerate(tables_of(run)))
     when = f'<p class="faint">{escape(run["when"])}</p>\n'
-    return f'<section id="run-{i}">\n<h2>{name}</h2>\n{when}{modelled}{drawn}{tables}</section>\n'
+    return f'<section id="run-{i}">\n<h2>{name}</h2>\n{when}{modelled}{drawn(plots.of_run(run), f"run-{i}")}{tables}</section>\n'
+
+
+def drawn(found: list[plots.Plot], name: str) -> str:
+    """name: unique on the page."""
+    boxes = [f"<div>{plots.svg(plot, f'{name}-{i}')}</div>\n" for i, plot in enumerate(found)]
+    return f'<figure class="plots">\n{"".join(boxes)}</figure>\n' if boxes else ""
 
 
 def tables_of(run: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -128,7 +131,8 @@ def tables_of(run: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         if name in COMMON or figure is None:
             continue
         if isinstance(figure, dict):
-            found.append((name, [figure]))
+            nested = figure and all(isinstance(x, dict) for x in figure.values())
+            found.append((name, [{"": key} | x for key, x in figure.items()] if nested else [figure]))
         elif isinstance(figure, list):
             found.append((name, [x if isinstance(x, dict) else {name: x} for x in figure]))
         else:

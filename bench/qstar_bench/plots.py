@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -33,8 +33,8 @@ COLOURS = ("#2f7ed8", "#e4720b", "#2ca25f", "#c0399f", "#8a6bd1", "#b08900", "#d
 
 @dataclass(frozen=True)
 class Plot:
-    """series: name to its points (x, y), as lines; or, with `names`, bars stacked over the names at x = 0, 1,
-    ..."""
+    """series: name to its points (x, y), as lines; or, with `names`, as bars over the names at x = 0, 1, ...,
+    on top of each other or side by side."""
 
     title: str
     x: str
@@ -42,6 +42,7 @@ class Plot:
     series: Series
     log: bool = False
     names: tuple[str, ...] | None = None
+    beside: bool = False
 
 
 def of_run(run: dict[str, Any]) -> list[Plot]:
@@ -63,16 +64,16 @@ def lines(rows: Iterable[Row], x: Callable[[Row], Any], y: str, by: Callable[[Ro
     return {name: sorted(line) for name, line in found.items()}
 
 
-def bars(title: str, y: str, rows: list[Row], names: tuple[str, ...], columns: tuple[str, ...] = ()) -> Plot:
-    """A bar for each row, of its columns (default: all that hold numbers), named by its columns `names`."""
+def bars(title: str, y: str, rows: list[Row], columns: tuple[str, ...] = (), beside: bool = False) -> Plot:
+    """Bars for each row, of its columns (default: all that hold numbers), named by the words in it."""
     columns = columns or tuple(
         dict.fromkeys(name for row in rows for name, value in row.items() if number(value))
     )
-    stacks = {
+    series = {
         name: [(i, row[name]) for i, row in enumerate(rows) if number(row.get(name))] for name in columns
     }
-    called = [" ".join(str(row[name]) for name in names if row.get(name) is not None) for row in rows]
-    return Plot(title, "", y, {name: stack for name, stack in stacks.items() if stack}, names=tuple(called))
+    names = tuple(" ".join(value for value in row.values() if isinstance(value, str)) for row in rows)
+    return Plot(title, "", y, {name: x for name, x in series.items() if x}, names=names, beside=beside)
 
 
 def worth(plots: Iterable[Plot]) -> list[Plot]:
@@ -117,8 +118,8 @@ def step(run: dict[str, Any]) -> list[Plot]:
     phases = [row for row in run.get("phases") or [] if isinstance(row, dict)]
     return worth(
         [
-            bars("phases of a step", "s a step", phases, ("way", "dtype")),
-            bars("memory of a step", "peak, GiB", run["rows"], ("way", "dtype"), ("peak GiB",)),
+            bars("phases of a step", "s a step", phases),
+            bars("memory of a step", "peak, GiB", run["rows"], ("peak GiB",)),
         ]
     )
 
@@ -135,8 +136,41 @@ def scaling(run: dict[str, Any]) -> list[Plot]:
     return worth(found)
 
 
+def memory_plan(run: dict[str, Any]) -> list[Plot]:
+    """What is held at the highest moment of each phase, by category."""
+    return worth([bars("planned memory of a step", _unit(run), _categories(run["rows"]))])
+
+
+def memory_profile(run: dict[str, Any]) -> list[Plot]:
+    """The plan of each phase beside what was measured."""
+    columns = ("plan MiB", "measured MiB", "resident MiB")
+    return worth([bars("memory, planned and measured", "MiB", run["rows"], columns, beside=True)])
+
+
+def strategies(runs: list[dict[str, Any]]) -> list[Plot]:
+    """The highest moment of every plan of the runs, beside each other by what it is a plan of."""
+    plans = [run for run in runs if run["bench"] == "memory plan" and run["rows"]]
+    rows = []
+    for run in plans:
+        scale = 1024 if _unit(run) == "GiB" else 1
+        highest = max(_categories(run["rows"]), key=lambda row: sum(filter(number, row.values())))
+        named = {name: str(run["arguments"].get(name, "")) for name in ("strategy", "precision")}
+        rows.append(named | {name: scale * x for name, x in highest.items() if number(x)})
+    return worth([bars("planned peak memory of each strategy", "MiB", rows)]) if len(rows) > 1 else []
+
+
+def _categories(rows: list[Row]) -> list[Row]:
+    return [{name: x for name, x in row.items() if not name.startswith("total")} for row in rows]
+
+
+def _unit(run: dict[str, Any]) -> str:
+    return "GiB" if any("total GiB" in row for row in run["rows"]) else "MiB"
+
+
 PLOTS: dict[str, Callable[[dict[str, Any]], list[Plot]]] = {
     "attention": attention,
+    "memory plan": memory_plan,
+    "memory profile": memory_profile,
     "scaling": scaling,
     "step": step,
 }
@@ -199,12 +233,14 @@ def draw(axis: Any, plot: Plot) -> None:
     """The plot on an axis of matplotlib."""
     if plot.names is not None:
         heights = [0.0] * len(plot.names)
-        for name, stack in plot.series.items():
-            places = [int(x) for x, _ in stack]
-            axis.bar(places, [y for _, y in stack], 0.6, [heights[i] for i in places], label=name)
-            for i, (_, y) in zip(places, stack):
-                heights[i] += y
-        axis.set_xticks(range(len(plot.names)), plot.names)
+        width = 0.7 / len(plot.series) if plot.beside else 0.6
+        for at, (name, stack) in enumerate(plot.series.items()):
+            shift = (at - (len(plot.series) - 1) / 2) * width if plot.beside else 0
+            bottom = [0.0 if plot.beside else heights[int(i)] for i, _ in stack]
+            axis.bar([i + shift for i, _ in stack], [y for _, y in stack], width, bottom, label=name)
+            for i, y in stack:
+                heights[int(i)] += y
+        axis.set_xticks(range(len(plot.names)), plot.names, rotation=0 if len(plot.names) < 5 else 30)
         axis.set_xlim(-0.6, max(2, len(plot.names)) - 0.4)
         axis.grid(axis="x", visible=False)
         axis.set_axisbelow(True)
