@@ -115,7 +115,8 @@ def section(i: int, run: dict[str, Any]) -> str:
     modelled = f"<p>{label(NOT_MEASURED)}</p>\n" if _all_modelled(run) else ""
     tables = "".join(table(run, title, rows, j == 0) for j, (title, rows) in enumerate(tables_of(run)))
     when = f'<p class="faint">{escape(run["when"])}</p>\n'
-    return f'<section id="run-{i}">\n<h2>{name}</h2>\n{when}{modelled}{drawn(plots.of_run(run), f"run-{i}")}{tables}</section>\n'
+    drawings = drawn(plots.of_run(run), f"run-{i}")
+    return f'<section id="run-{i}">\n<h2>{name}</h2>\n{when}{modelled}{drawings}{tables}</section>\n'
 
 
 def drawn(found: list[plots.Plot], name: str) -> str:

@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def bars(title: str, y: str, rows: list[Row], columns: tuple[str, ...] = (), bes
     columns = columns or tuple(
         dict.fromkeys(name for row in rows for name, value in row.items() if number(value))
     )
-    series = {
+    series: Series = {
         name: [(i, row[name]) for i, row in enumerate(rows) if number(row.get(name))] for name in columns
     }
     names = tuple(" ".join(value for value in row.values() if isinstance(value, str)) for row in rows)
@@ -89,27 +90,24 @@ def worth(plots: Iterable[Plot]) -> list[Plot]:
 def attention(run: dict[str, Any]) -> list[Plot]:
     """Time and memory of our forward + backward over the slots and over a block's slots, a line for each T;
     and every candidate over T where one L was measured at several."""
-    both = [row for row in run["rows"] if row.get("pass") == "both" and "L" in row and "T" in row]
+    rows = [row for row in run["rows"] if all(number(row.get(name)) for name in ("T", "N", "L"))]
+    both = [row for row in rows if row.get("pass") == "both"]
     ours = [row for row in both if row.get("candidate") == "ours"]
-    measured = (("median ms", "time", "ms"), ("memory MiB", "memory", "peak extra memory, MiB"))
-    what = "forward + backward"
+    xs: dict[str, tuple[str, Callable[[Row], Any]]] = {
+        "all slots": ("slots N * L", lambda row: row["N"] * row["L"]),
+        "the slots of a block": ("slots of a block, L", itemgetter("L")),
+    }
     found = []
-    for y, name, label in measured:
-        found.append(
-            Plot(
-                f"{what}: {name} over all slots", "slots N * L", label,
-                lines(ours, lambda row: row.get("N", 0) * row["L"], y, lambda row: f"T {row['T']}"), log=True,
-            )
-        )  # fmt: skip
-        found.append(
-            Plot(
-                f"{what}: {name} over the slots of a block", "slots of a block, L", label,
-                lines(ours, lambda row: row["L"], y, lambda row: f"T {row['T']}"), log=True,
-            )
-        )  # fmt: skip
+    for over, (label, x) in xs.items():
+        for y, name, unit in (
+            ("median ms", "time", "ms"),
+            ("memory MiB", "memory", "peak extra memory, MiB"),
+        ):
+            series = lines(ours, x, y, lambda row: f"T {row['T']}")
+            found.append(Plot(f"forward + backward: {name} over {over}", label, unit, series, log=True))
     if len({row["L"] for row in both}) == 1:
-        over_T = lines(both, lambda row: row["T"], "median ms", lambda row: row.get("candidate"))
-        found.append(Plot(f"{what}: time over the tokens", "tokens T", "ms", over_T, log=True))
+        series = lines(both, itemgetter("T"), "median ms", lambda row: row.get("candidate"))
+        found.append(Plot("forward + backward: time over the tokens", "tokens T", "ms", series, log=True))
     return worth(found)
 
 
@@ -129,9 +127,9 @@ def scaling(run: dict[str, Any]) -> list[Plot]:
     found = []
     knobs = {"k": "thought length k", "R": "thoughts a position, R", "positions": "positions that think"}
     for knob, label in knobs.items():
-        rows = [row for row in run["rows"] if row.get("over") == knob]
+        rows = [row for row in run["rows"] if row.get("over") == knob and knob in row and "way" in row]
         for y, name, unit in (("median s", "time", "s a step"), ("memory MiB", "memory", "peak, MiB")):
-            series = lines(rows, lambda row, knob=knob: row.get(knob), y, lambda row: row.get("way"))
+            series = lines(rows, itemgetter(knob), y, itemgetter("way"))
             found.append(Plot(f"{name} over {knob}", label, unit, series))
     return worth(found)
 
@@ -214,7 +212,8 @@ def _style(ink: str) -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import cycler, pyplot
+    from cycler import cycler
+    from matplotlib import pyplot
 
     inks = (
         "text.color",
@@ -224,8 +223,8 @@ def _style(ink: str) -> Iterator[Any]:
         "xtick.color",
         "ytick.color",
     )
-    colours = {"axes.prop_cycle": cycler(color=COLOURS)}
-    with pyplot.rc_context(SETTINGS | colours | dict.fromkeys(inks, ink)):
+    settings: dict[Any, Any] = SETTINGS | dict.fromkeys(inks, ink)
+    with pyplot.rc_context(settings | {"axes.prop_cycle": cycler(color=COLOURS)}):
         yield pyplot
 
 
