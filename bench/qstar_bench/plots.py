@@ -21,6 +21,7 @@ Series = dict[str, list[tuple[float, float]]]
 
 INK = "#010203"  # in an SVG: stands for the text colour of the page around it
 INCHES = (4.6, 3.1)
+LONGEST_NAME = 26
 SETTINGS = {
     "text.parse_math": False,  # a name may hold a $
     "svg.fonttype": "none",  # text stays text: it can be found, read aloud, and takes the page's font
@@ -136,7 +137,7 @@ def scaling(run: dict[str, Any]) -> list[Plot]:
 
 def memory_plan(run: dict[str, Any]) -> list[Plot]:
     """What is held at the highest moment of each phase, by category."""
-    return worth([bars("planned memory of a step", _unit(run), _categories(run["rows"]))])
+    return worth([bars("planned memory of a step", _unit(run), _categories(run))])
 
 
 def memory_profile(run: dict[str, Any]) -> list[Plot]:
@@ -147,17 +148,19 @@ def memory_profile(run: dict[str, Any]) -> list[Plot]:
 
 def strategies(runs: list[dict[str, Any]]) -> list[Plot]:
     """The highest moment of every plan of the runs, beside each other by what it is a plan of."""
-    plans = [run for run in runs if run["bench"] == "memory plan" and run["rows"]]
+    plans = [run for run in runs if run["bench"] == "memory plan" and _categories(run)]
     rows = []
     for run in plans:
         scale = 1024 if _unit(run) == "GiB" else 1
-        highest = max(_categories(run["rows"]), key=lambda row: sum(filter(number, row.values())))
+        highest = max(_categories(run), key=lambda row: sum(filter(number, row.values())))
         named = {name: str(run["arguments"].get(name, "")) for name in ("strategy", "precision")}
         rows.append(named | {name: scale * x for name, x in highest.items() if number(x)})
     return worth([bars("planned peak memory of each strategy", "MiB", rows)]) if len(rows) > 1 else []
 
 
-def _categories(rows: list[Row]) -> list[Row]:
+def _categories(run: dict[str, Any]) -> list[Row]:
+    """The rows that have a total, without it: the categories are its parts."""
+    rows = [row for row in run["rows"] if any(name.startswith("total") for name in row)]
     return [{name: x for name, x in row.items() if not name.startswith("total")} for row in rows]
 
 
@@ -184,6 +187,7 @@ def svg(plot: Plot, name: str) -> str:
         pyplot.close(figure)
     found = text.getvalue()
     found = found[found.index("<svg") :].replace(INK, "currentColor")
+    found = re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.DOTALL)
     found = re.sub(r' (width|height)="[\d.]+pt"', "", found, count=2)  # the page decides
     found = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", found)  # ids hold for the whole page
     label = escape(f"{plot.title}: {plot.y} over {plot.x or 'the ways'}")
@@ -229,23 +233,29 @@ def _style(ink: str) -> Iterator[Any]:
 
 
 def draw(axis: Any, plot: Plot) -> None:
-    """The plot on an axis of matplotlib."""
+    """The plot on an axis of matplotlib; long names are cut, else they would push it out of the figure."""
+
+    def short(name: str) -> str:
+        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
     if plot.names is not None:
         heights = [0.0] * len(plot.names)
         width = 0.7 / len(plot.series) if plot.beside else 0.6
         for at, (name, stack) in enumerate(plot.series.items()):
             shift = (at - (len(plot.series) - 1) / 2) * width if plot.beside else 0
             bottom = [0.0 if plot.beside else heights[int(i)] for i, _ in stack]
-            axis.bar([i + shift for i, _ in stack], [y for _, y in stack], width, bottom, label=name)
+            axis.bar([i + shift for i, _ in stack], [y for _, y in stack], width, bottom, label=short(name))
             for i, y in stack:
                 heights[int(i)] += y
-        axis.set_xticks(range(len(plot.names)), plot.names, rotation=0 if len(plot.names) < 5 else 30)
+        axis.set_xticks(
+            range(len(plot.names)), [*map(short, plot.names)], rotation=0 if len(plot.names) < 5 else 30
+        )
         axis.set_xlim(-0.6, max(2, len(plot.names)) - 0.4)
         axis.grid(axis="x", visible=False)
         axis.set_axisbelow(True)
     else:
         for name, line in plot.series.items():
-            axis.plot(*zip(*line), marker="o", markersize=4, label=name)
+            axis.plot(*zip(*line), marker="o", markersize=4, label=short(name))
         if plot.log and all(x > 0 and y > 0 for line in plot.series.values() for x, y in line):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)

@@ -166,10 +166,10 @@ def one_step(model: QuietStarForCausalLM, text: Tensor) -> tuple[Tensor, int]:
 
 
 def check(point: Point, found: Tensor, expected: Tensor) -> None:
-    """Raises RuntimeError when the chunked step has another loss than the one of all blocks at once."""
+    """Raises ValueError when the chunked step has another loss than the one of all blocks at once."""
     error = float((found - expected).abs() / expected.abs().clamp(min=1))
     if not error <= LOSS_TOLERANCE:
-        raise RuntimeError(f"{point}: the loss in chunks is {found}, all at once {expected}: {error:.1e} off")
+        raise ValueError(f"{point}: the loss in chunks is {found}, all at once {expected}: {error:.1e} off")
 
 
 def measure(
