@@ -58,6 +58,7 @@ td { max-width: 24rem; }
 th { background: var(--box); border-top: 0; vertical-align: bottom; }
 .number { text-align: right; white-space: nowrap; }
 .words { white-space: nowrap; }
+td:not(.words, .number) { overflow-wrap: anywhere; min-width: 5rem; }
 </style>
 </head>
 <body>
@@ -69,6 +70,8 @@ def page(runs: list[dict[str, Any]]) -> str:
     sections = "".join(section(i, run) for i, run in enumerate(runs, 1))
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     across = drawn(plots.strategies(runs), "all")
+    if across:
+        across = f"<p>{label(NOT_MEASURED)}</p>\n{across}"
     return f"{HEAD}<h1>qstar bench</h1>\n{summary(runs, count)}{across}{sections}</body>\n</html>\n"
 
 
@@ -79,7 +82,7 @@ def summary(runs: list[dict[str, Any]], count: str) -> str:
         link = f'<a href="#run-{i}">{escape(run["bench"])}</a>'
         modelled = f" {label(NOT_MEASURED)}" if _all_modelled(run) else ""
         for name, value in ratios(run):
-            cells = f"<td>{link}{modelled}</td><td>{escape(name)}</td>"
+            cells = f'<td class="words">{link}{modelled}</td><td>{_breakable(name)}</td>'
             rows.append(f'<tr>{cells}<td class="number">{escape(value)}</td></tr>\n')
     if not rows:
         links = ", ".join(f'<a href="#run-{i}">{escape(run["bench"])}</a>' for i, run in enumerate(runs, 1))
@@ -89,6 +92,11 @@ def summary(runs: list[dict[str, Any]], count: str) -> str:
         f"<figcaption><b>Ratios</b> of {count}; over several cases the lowest and the highest</figcaption>"
     )
     return f"<figure>{caption}\n{_scroll('Ratios', head, ''.join(rows))}</figure>\n"
+
+
+def _breakable(name: str) -> str:
+    """On a phone the names of ratios are longer than the room beside their values."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def ratios(run: dict[str, Any]) -> list[tuple[str, str]]:

@@ -35,8 +35,8 @@ COLOURS = ("#2f7ed8", "#e4720b", "#2ca25f", "#c0399f", "#8a6bd1", "#b08900", "#d
 
 @dataclass(frozen=True)
 class Plot:
-    """series: name to its points (x, y), as lines; or, with `names`, as bars over the names at x = 0, 1, ...,
-    on top of each other or side by side."""
+    """series: name to its points (x, y), as lines; or, with `names`, y as bars, one for each name at
+    x = 0, 1, ..., in a row or beside each other."""
 
     title: str
     x: str
@@ -142,7 +142,7 @@ def memory_plan(run: dict[str, Any]) -> list[Plot]:
 
 def memory_profile(run: dict[str, Any]) -> list[Plot]:
     """The plan of each phase beside what was measured."""
-    columns = ("plan MiB", "measured MiB", "resident MiB")
+    columns = ("plan MiB", "measured MiB")  # resident memory has the libraries in it, and would hide both
     return worth([bars("memory, planned and measured", "MiB", run["rows"], columns, beside=True)])
 
 
@@ -236,23 +236,23 @@ def draw(axis: Any, plot: Plot) -> None:
     """The plot on an axis of matplotlib; long names are cut, else they would push it out of the figure."""
 
     def short(name: str) -> str:
+        name = name.replace("qstar.", "")  # of phases
         return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
     if plot.names is not None:
-        heights = [0.0] * len(plot.names)
+        ends = [0.0] * len(plot.names)
         width = 0.7 / len(plot.series) if plot.beside else 0.6
         for at, (name, stack) in enumerate(plot.series.items()):
             shift = (at - (len(plot.series) - 1) / 2) * width if plot.beside else 0
-            bottom = [0.0 if plot.beside else heights[int(i)] for i, _ in stack]
-            axis.bar([i + shift for i, _ in stack], [y for _, y in stack], width, bottom, label=short(name))
+            begins = [0.0 if plot.beside else ends[int(i)] for i, _ in stack]
+            axis.barh([i + shift for i, _ in stack], [y for _, y in stack], width, begins, label=short(name))
             for i, y in stack:
-                heights[int(i)] += y
-        axis.set_xticks(
-            range(len(plot.names)), [*map(short, plot.names)], rotation=0 if len(plot.names) < 5 else 30
-        )
-        axis.set_xlim(-0.6, max(2, len(plot.names)) - 0.4)
-        axis.grid(axis="x", visible=False)
+                ends[int(i)] += y
+        axis.set_yticks(range(len(plot.names)), [*map(short, plot.names)])
+        axis.set_ylim(max(3, len(plot.names)) - 0.5, -0.5)  # the first on top
+        axis.grid(axis="y", visible=False)
         axis.set_axisbelow(True)
+        axis.set_xlabel(plot.y)
     else:
         for name, line in plot.series.items():
             axis.plot(*zip(*line), marker="o", markersize=4, label=short(name))
@@ -264,8 +264,9 @@ def draw(axis: Any, plot: Plot) -> None:
         else:
             axis.set_ylim(bottom=0)
             axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel(plot.x)
+        axis.set_ylabel(plot.y)
     axis.set_title(plot.title, fontsize="medium")
-    axis.set_xlabel(plot.x)
-    axis.set_ylabel(plot.y)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.2), "ncols": 3}  # bars leave no room inside
     if len(plot.series) > 1:
-        axis.legend(fontsize="small", framealpha=0)
+        axis.legend(fontsize="small", framealpha=0, **({} if plot.names is None else below))

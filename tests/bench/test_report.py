@@ -86,10 +86,10 @@ def test_named_ratios_are_on_top_and_a_range_over_the_cases(tmp_path):
     cases = [{"T": 64, "fwd_bwd_vs_causal": 1.25}, {"T": 256, "fwd_bwd_vs_causal": 0.75}, {"x_vs_y": None}]
     page = report(tmp_path, attention(cases=cases), a_run("generate", speedup_vs_recompute=20.6))
     summary = page[: page.index("<section")]
-    assert '<td>fwd_bwd_vs_causal</td><td class="number">0.75 to 1.25 (2 cases)</td>' in summary
-    assert '<td>speedup_vs_recompute</td><td class="number">20.6</td>' in summary
+    assert '<td>fwd_<wbr>bwd_<wbr>vs_<wbr>causal</td><td class="number">0.75 to 1.25 (2 cases)</td>' in summary
+    assert '<td>speedup_<wbr>vs_<wbr>recompute</td><td class="number">20.6</td>' in summary
     assert 'href="#run-2"' in summary and '<section id="run-2">' in page
-    assert "x_vs_y" not in summary
+    assert "x_<wbr>vs_<wbr>y" not in summary
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,12 @@ def test_on_a_phone_only_the_tables_scroll_sideways(opened):
     assert (
         opened.run(f"return [...document.querySelectorAll('{inside}')].filter(x => x.{outside}).length") == 0
     )
+
+
+def test_the_values_of_the_summary_are_seen_on_a_phone(opened):
+    summary = "document.querySelector('.scroll')"
+    assert opened.run(f"return {summary}.getAttribute('aria-label')") == "Ratios"
+    assert opened.run(f"return {summary}.scrollWidth - {summary}.clientWidth") == 0
 
 
 def test_plots_fill_the_width_of_a_phone_in_legible_letters(opened):
