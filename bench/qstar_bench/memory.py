@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,11 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     torch.cuda.synchronize()
     del kept
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_peak_bytes() -> int:
+    """The most memory that this process has held so far, libraries included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def _cpu_peak_bytes(run: Callable[[], object]) -> int:

@@ -1,165 +1,170 @@
-"""`qstar bench step`: seconds and peak memory of one training step, ours beside the dense-mask path.
+"""`qstar bench step`: what one training step costs, ours beside the ways that a reader would compare it with.
 
-Both run the same step on the same random model and text; only the implementation of thought attention
-differs: `reference` scores every slot against all T prefix keys under a dense mask. Each implementation runs
-in processes of its own, so that peak resident memory is its own; their rounds alternate, so that a busy
-machine hurts both.
+A step is forward, backward and AdamW, on the same model and random text; the ways are told in step_ways.py.
+Before anything is timed, loss and gradients of all ways are compared for the same thoughts, in fp64. Each way
+runs in processes of its own, so that its peak memory is its own; the rounds alternate, so that a slow minute
+of the machine hurts all, and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, fields
+from typing import Any
 
-import torch
 from qstar_kernels import resolve_impl
 from tqdm.auto import tqdm
-from transformers import MistralConfig, MistralForCausalLM
 
-from qstar import QuietStarConfig, QuietStarForCausalLM, report
+from qstar import report
 from qstar.cli.options import parse_options
-from qstar_bench.timing import timed
-
-
-@dataclass
-class StepArguments:
-    """The 19.4M-parameter configuration that the authors' code was measured on, by default."""
-
-    tokens: int = field(default=256, metadata={"help": "T: tokens of the text."})
-    batch: int = field(default=1, metadata={"help": "B: rows."})
-    thought_length: int = field(default=9, metadata={"help": "k; the authors' n_ahead is k + 3."})
-    talk_length: int = field(default=4, metadata={"help": "m."})
-    num_thoughts: int = field(default=2, metadata={"help": "R."})
-    width: int = field(default=256, metadata={"help": "Model width."})
-    layers: int = field(default=4, metadata={"help": "Layers."})
-    heads: int = field(default=8, metadata={"help": "Query heads."})
-    kv_heads: int = field(default=2, metadata={"help": "Key/value heads."})
-    mlp: int = field(default=704, metadata={"help": "MLP width."})
-    vocabulary: int = field(default=32_000, metadata={"help": "V."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    autocast: str | None = field(
-        default=None, metadata={"help": "bfloat16 or float16: products in it, weights in fp32."}
-    )
-    impl: list[str] = field(
-        default_factory=lambda: ["auto", "reference"],
-        metadata={"help": "Implementations of thought attention."},
-    )
-    steps: int = field(default=3, metadata={"help": "Timed steps of a round, after one warm-up step."})
-    rounds: int = field(default=1, metadata={"help": "Alternating rounds."})
-    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
-    worker: str | None = field(default=None, metadata={"help": "Run one round of this implementation here."})
-
-
-def build(args: StepArguments, impl: str) -> tuple[QuietStarForCausalLM, torch.Tensor]:
-    """A random Mistral with thoughts on the chosen device, in fp32, and one batch of random text [B, T]."""
-    torch.manual_seed(0)
-    shape = MistralConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.width,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.tokens + 256,
-        sliding_window=None,
-    )
-    with torch.device(args.device):
-        base = MistralForCausalLM(shape)
-    config = QuietStarConfig(
-        thought_length=args.thought_length,
-        talk_length=args.talk_length,
-        num_thoughts=args.num_thoughts,
-        attention=impl,
-    )
-    model = QuietStarForCausalLM.from_base(base, config).to(args.device).train()
-    torch.nn.init.normal_(model.mixing.layers[-1].weight, std=0.01)  # w = 0 would leave most gradients zero
-    text = torch.randint(3, args.vocabulary, (args.batch, args.tokens), device=args.device)
-    return model, text
-
-
-def work(args: StepArguments, impl: str) -> dict:
-    """One round in this process: warm-up apart, every step's seconds, and the peak memory in GiB."""
-    model, text = build(args, impl)
-    dtype = getattr(torch, args.autocast or "float32")
-
-    def one(step: int) -> None:
-        with torch.autocast(args.device, dtype=dtype, enabled=args.autocast is not None):
-            loss = model(text, generator=torch.Generator(args.device).manual_seed(step)).loss
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    seconds = [timed(partial(one, step), args.device)[0] for step in range(args.steps + 1)]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else _resident_gib()
-    return {"impl": impl, "warm_up_s": seconds[0], "step_s": seconds[1:], "peak_gib": peak}
-
-
-def _resident_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-
-def card(args: StepArguments) -> dict:
-    """What a step needs, before any measurement: counted, not timed."""
-    T, k, m, R = args.tokens, args.thought_length, args.talk_length, args.num_thoughts
-    slots, blocks = k + m + 1, (T - 1) * R
-    model, _ = build(replace(args, device="meta"), "reference")
-    prefix_cells = R * T * (T - 1) // 2 * slots
-    own_cells = blocks * slots * (slots + 1) // 2
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "blocks": args.batch * blocks,
-        "slots": args.batch * blocks * slots,
-        "attention_cells_needed": args.batch * (prefix_cells + own_cells),
-        "attention_cells_dense": args.batch * blocks * slots * (T + slots),
-    }
+from qstar_bench.flops import StepFlops, step_flops
+from qstar_bench.run import OutputArguments, finish, machine
+from qstar_bench.step_ways import DTYPES, StepArguments, build, check, work
+from qstar_bench.timing import matmul_flops
 
 
 def main(argv: list[str]) -> int:
-    (args,) = parse_options(StepArguments, argv, prog="qstar bench step")
+    args, output = parse_options((StepArguments, OutputArguments), argv, prog="qstar bench step")
     if args.worker is not None:
-        print(json.dumps(work(args, args.worker)))
+        way, dtype = args.worker.split(":")
+        print(json.dumps(work(args, way, dtype, output.trace)))
         return 0
-    if args.autocast not in (None, "bfloat16", "float16"):
-        raise ValueError(f"autocast = {args.autocast}: must be bfloat16 or float16")
-    names = {impl: f"{impl} ({resolve_impl(impl, device=args.device)})" for impl in args.impl}
-    rounds: dict[str, list[dict]] = {impl: [] for impl in args.impl}
-    for _ in tqdm(range(args.rounds), desc="rounds", disable=args.json):
-        for impl in args.impl:
-            rounds[impl].append(_in_a_process(args, impl))
-    median = {
-        impl: statistics.median(s for r in found for s in r["step_s"]) for impl, found in rounds.items()
-    }
-    results = [
-        {
-            "thought attention": names[impl],
-            "warm-up s": rounds[impl][0]["warm_up_s"],
-            "median s a step": median[impl],
-            "thoughts/s": args.batch * (args.tokens - 1) * args.num_thoughts / median[impl],
-            "peak GiB": max(r["peak_gib"] for r in rounds[impl]),
-            f"times {args.impl[0]}": median[impl] / median[args.impl[0]],
-        }
-        for impl in args.impl
-    ]
-    costs = card(args)
-    if not args.json:
-        print(report.table([costs], digits=0))
-        print(report.table(results, digits=2))
-        precision = "fp32" if args.autocast is None else f"autocast to {args.autocast}"
-        print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}")
-    report.last_line({"arguments": asdict(args), "costs": costs, "results": results})
+    resolved = resolve_impl(args.impl, args.device, DTYPES[args.dtype[0]])
+    flops = step_flops(build(args, "dense", "meta")[0], args.batch, args.tokens)
+    ceilings = {dtype: matmul_flops(DTYPES[dtype], args.device) for dtype in args.dtype}
+    where = machine(
+        args.device,
+        attention=resolved,
+        **{f"matmul GFLOP/s {dtype}": x / 1e9 for dtype, x in ceilings.items()},
+    )
+    if not output.json:
+        print(report.table([card(args, flops)], digits=1))
+        print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    difference = check(args)
+    runs = [(way, dtype) for dtype in args.dtype for way in args.way]
+    rounds: dict[tuple[str, str], list[dict]] = {run: [] for run in runs}
+    bar = tqdm(total=args.rounds * len(runs), disable=output.json)
+    for i in range(args.rounds):
+        for run in runs:
+            bar.set_postfix_str(" ".join(run))
+            trace = output.trace if run == runs[0] and i == 0 else None
+            rounds[run].append(_in_a_process(args, ":".join(run), trace))
+            bar.update()
+    bar.close()
+    rows = [row(args, run, found, flops, ceilings[run[1]]) for run, found in rounds.items()]
+    phases = [phase_row(run, found) for run, found in rounds.items()]
+    figures = ratios(args, rounds, flops)
+    if not output.json:
+        print(report.table(rows, digits=2))
+        print("seconds of each phase, one step of each round:")
+        print(report.table(phases, digits=2))
+        print(report.table([{"figure": name, "value": value} for name, value in figures.items()], digits=2))
+        print(f"all ways agree: loss and gradients within {difference:.1e} in fp64 for the same thoughts")
+    finish(
+        "step",
+        args,
+        where,
+        rows,
+        output,
+        phases=phases,
+        flops=asdict(flops),
+        difference=difference,
+        **figures,
+    )
     return 0
 
 
-def _in_a_process(args: StepArguments, impl: str) -> dict:
-    options = []
+def card(args: StepArguments, flops: StepFlops) -> dict[str, Any]:
+    """What a step needs, counted before any measurement."""
+    k, m, R = args.thought_length, args.talk_length, args.num_thoughts
+    T, slots, thoughts = args.tokens, k + m + 1, (args.tokens - 1) * R
+    needed = R * T * (T - 1) // 2 * slots + thoughts * slots * (slots + 1) // 2
+    model, _ = build(args, "dense", "meta")
+    return {
+        "parameters M": sum(p.numel() for p in model.parameters()) / 1e6,
+        "thoughts": args.batch * thoughts,
+        "slots": args.batch * thoughts * slots,
+        "attention cells M": args.batch * needed / 1e6,
+        "dense mask M": args.batch * R * T * T * (k + 2 + m) * (k + 3 + m) / 2 / 1e6,
+        "GFLOP": flops.thinking / 1e9,
+        "GFLOP plain": flops.plain / 1e9,
+        "rollout": flops.rollout / 1e9,
+        "blocks": flops.blocks / 1e9,
+        "loss": flops.loss / 1e9,
+    }
+
+
+def row(
+    args: StepArguments, run: tuple[str, str], found: list[dict], flops: StepFlops, ceiling: float
+) -> dict[str, Any]:
+    way, dtype = run
+    seconds = sorted(s for one in found for s in one["step_s"])
+    median = statistics.median(seconds)
+    low, *_, high = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [median] * 2
+    thinks = way != "plain"
+    thoughts = args.batch * (args.tokens - 1) * args.num_thoughts
+    return {
+        "way": way,
+        "dtype": dtype,
+        "median s a step": median,
+        "20 %": low,
+        "80 %": high,
+        "warm-up s": found[0]["warm_up_s"],
+        "texts/s": args.batch / median,
+        "thoughts/s": thoughts / median if thinks else None,
+        "thought tokens/s": thoughts * args.thought_length / median if thinks else None,
+        "model FLOP utilisation": (flops.thinking if thinks else flops.plain) / median / ceiling,
+        "peak GiB": max(one["peak_bytes"] for one in found) / 2**30,
+        "resident GiB": max(one["resident_bytes"] for one in found) / 2**30,
+    }
+
+
+def phase_row(run: tuple[str, str], found: list[dict]) -> dict[str, Any]:
+    names = dict.fromkeys(name for one in found for name in one["phases"])
+    medians = {name: statistics.median(one["phases"].get(name, 0.0) for one in found) for name in names}
+    return {"way": run[0], "dtype": run[1]} | medians
+
+
+def ratios(
+    args: StepArguments, rounds: dict[tuple[str, str], list[dict]], flops: StepFlops
+) -> dict[str, float]:
+    """The figures by which a step is judged; those of other precisions than the first carry their name."""
+    figures = {"flops_ratio": flops.thinking / flops.plain}
+    for dtype in args.dtype:
+        suffix = "" if dtype == args.dtype[0] else f"_{dtype}"
+
+        def per_round(way: str, dtype: str = dtype) -> list[float]:
+            return [statistics.median(one["step_s"]) for one in rounds.get((way, dtype), [])]
+
+        def most(way: str, what: str, dtype: str = dtype) -> float:
+            return max(one[what] for one in rounds[way, dtype])
+
+        ours = per_round("ours")
+        for name, way in (("speedup_vs_published_way", "published"), ("speedup_vs_dense", "dense")):
+            if ours and (theirs := per_round(way)):
+                figures[name + suffix] = statistics.median(a / b for a, b in zip(theirs, ours))
+        if ours and per_round("published"):
+            for name, what in (("memory", "peak_bytes"), ("resident", "resident_bytes")):
+                figures[f"{name}_vs_published_way{suffix}"] = most("ours", what) / most("published", what)
+        if ours and (plain := per_round("plain")):
+            price = statistics.median(a / b for a, b in zip(ours, plain))
+            figures["price_of_thinking" + suffix] = price
+            figures["price_vs_flops" + suffix] = price / figures["flops_ratio"]
+    return figures
+
+
+def _in_a_process(args: StepArguments, worker: str, trace: str | None) -> dict:
+    options = ["--worker", worker, *(["--trace", trace] if trace else [])]
     for option in fields(StepArguments):
         value = getattr(args, option.name)
-        if option.name not in ("impl", "json", "worker", "rounds") and value is not None:
-            options += [f"--{option.name}", str(value)]
-    command = [sys.executable, "-m", "qstar.cli.main", "bench", "step", *options, "--worker", impl]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        if option.name in ("preset", "worker", "rounds") or value is None:
+            continue
+        options += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
+    command = [sys.executable, "-m", "qstar.cli.main", "bench", "step", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"way = {worker}: its process ended with {done.returncode}: {done.stderr[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])

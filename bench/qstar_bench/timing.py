@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _Result = TypeVar("_Result")
 AHEAD_CYCLES = 10_000_000  # some 5 ms, in which a call's launches queue up
@@ -45,3 +46,53 @@ def kernel_seconds(run: Callable[[], object], device: str) -> float:
 @functools.cache
 def _cache_filler() -> Tensor:
     return torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+
+
+def matmul_flops(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large square matrix product of random numbers, the best of a few: the ceiling that any
+    model on this machine is held against."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = [kernel_seconds(lambda: a @ b, device) for _ in range(6)]
+    return 2 * n**3 / min(times[1:])
+
+
+class PhaseClock(TorchDispatchMode):
+    """Seconds of each outermost named range "qstar.X" that runs inside, by X, the device waited for at its
+    borders; and "other", the rest. Looks at every operator, so what it times is a step of its own."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+
+    def __enter__(self):
+        self._entered = self._now()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.seconds["other"] = self._now() - self._entered - sum(self.seconds.values())
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.profiler._record_function_enter_new.default:
+            self._open.append(args[0])
+            if self._outermost():
+                self._began = self._now()
+        elif operator is torch.ops.profiler._record_function_exit._RecordFunction:
+            if self._outermost():
+                name = self._open[-1].removeprefix("qstar.")
+                self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - self._began
+            self._open.pop()
+        return operator(*args, **(kwargs or {}))
+
+    def _outermost(self) -> bool:
+        """The range entered last is one of ours, and no other of ours is around it."""
+        ours = [name.startswith("qstar.") for name in self._open]
+        return ours[-1] and sum(ours) == 1

@@ -156,17 +156,6 @@ def test_generate_shows_thoughts_in_brackets_and_none_of_length_zero(capsys, tra
     assert code == 0 and "[" not in out
 
 
-def test_bench_step_measures_both_implementations_and_ends_in_json(capsys):
-    sizes = {"tokens": 12, "thought_length": 1, "talk_length": 1, "num_thoughts": 1, "width": 16, "layers": 1}
-    sizes |= {"heads": 2, "kv_heads": 1, "mlp": 16, "vocabulary": 50, "steps": 1}
-    code, out, _ = call(capsys, "bench", "step", *flags(**sizes), "--impl", "auto", "reference")
-    assert code == 0
-    figures = json.loads(out.splitlines()[-1])
-    assert [r["thought attention"] for r in figures["results"]] == ["auto (cpu)", "reference (reference)"]
-    assert all(r["median s a step"] > 0 for r in figures["results"])
-    assert figures["costs"]["blocks"] == 11
-
-
 def _saved(folder, kind, **sizes):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     model.save_pretrained(folder)
