@@ -3,8 +3,8 @@
 What is known without measuring is printed first. Every candidate runs once for warm-up (compilation
 included, told apart) and is held to the dense mask's definition in fp64, outputs and each gradient; then all
 take turns in alternating rounds. A ratio is the median over the rounds of one round's ratio: what slows the
-machine for a while slows both sides of it. The rows of "matmul" are a plain matrix product in the same
-rounds: the ceiling.
+machine for a while slows both sides of it. The row of "matmul" is a large square product (SquareProduct in
+timing.py) in the same rounds: the ceiling.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from qstar_bench.attention_candidates import Candidate, can, candidates, way
 from qstar_bench.attention_check import Judge
 from qstar_bench.attention_plan import PRESETS, AttentionArguments, Plan, plan
 from qstar_bench.attention_problem import Problem, Shape
-from qstar_bench.ceiling import SquareProduct
 from qstar_bench.memory import peak_bytes
 from qstar_bench.run import OutputArguments, finish, machine
-from qstar_bench.timing import kernel_seconds, timed
+from qstar_bench.timing import SquareProduct, kernel_seconds, matmul_flops, timed
 
 __all__ = ["PRESETS", "AttentionArguments", "main"]
 SLOW_SECONDS = 10.0  # a candidate whose calls took longer than this in all gets no more rounds
@@ -161,9 +160,8 @@ def trace(path: str, cases: list[Case]) -> None:
 def main(argv: list[str]) -> int:
     args, output = parse_options((AttentionArguments, OutputArguments), argv, prog="qstar bench attention")
     chosen = plan(args)
-    product = SquareProduct(chosen.dtype, args.device)
-    where = machine(args.device, dtype=args.dtype, **chosen.runs)
-    where["matmul"] = f"{product.name}: {product.flops_per_second() / 1e9:.0f} GFLOP/s before the rounds"
+    ceiling = {f"matmul GFLOP/s {args.dtype}": matmul_flops(chosen.dtype, args.device) / 1e9}
+    where = machine(args.device, dtype=args.dtype, **chosen.runs, **ceiling)
     cards = [shape.card(chosen.dtype.itemsize) for shape in chosen.shapes]
     say: Callable[[str], None] = (lambda _: None) if output.json else partial(print, flush=True)
     say(report.table(cards, digits=1))

@@ -58,7 +58,7 @@ def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys,
     for said in (
         "SLOW: impl=reference is reference",
         "left out: flash",
-        "in float32: ",
+        "matmul GFLOP/s float32: ",
         "ours: cpu (forward",
     ):
         assert card < out.index(said) < measured
