@@ -39,8 +39,7 @@ def traced(path: str | None, memory: bool = True) -> Iterator[None]:
 class TraceSteps(TrainerCallback):
     """Writes the second to fourth step of a Trainer's run as one chrome trace, of the first process alone.
 
-    Used around the run: `with TraceSteps(path) as tracer: trainer.add_callback(tracer); trainer.train()`.
-    Raises ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
+    One of the Trainer's callbacks, and a context around its run: `with tracer: trainer.train()`. Raises ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
     """
 
     def __init__(self, path: str):

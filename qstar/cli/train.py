@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,14 +91,13 @@ def main(argv: list[str]) -> int:
         mixing_learning_rate=model_args.mixing_learning_rate,
         boundary_learning_rate=model_args.boundary_learning_rate,
         gradient_norm_steps=model_args.gradient_norm_steps,
+        callbacks=[tracer] if tracer is not None else [],
     )
     batch = args.per_device_eval_batch_size
     start = held_out(model, held_out_rows, batch, progress="held out, before")
     hard = hardest(start)
     try:
-        with ExitStack() as around:
-            if tracer is not None:
-                trainer.add_callback(around.enter_context(tracer))
+        with tracer or nullcontext():
             result = trainer.train(resume_from_checkpoint=resume)
     except NonFiniteError as error:
         good = last_complete_checkpoint(args.output_dir)
