@@ -39,7 +39,8 @@ def traced(path: str | None, memory: bool = True) -> Iterator[None]:
 class TraceSteps(TrainerCallback):
     """Writes the second to fourth step of a Trainer's run as one chrome trace, of the first process alone.
 
-    One of the Trainer's callbacks, and a context around its run: `with tracer: trainer.train()`. Raises ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
+    One of the Trainer's callbacks, and a context around its run: `with tracer: trainer.train()`. Raises
+    ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
     """
 
     def __init__(self, path: str):
