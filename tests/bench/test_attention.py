@@ -89,6 +89,15 @@ def test_several_thoughts_at_a_token_one_pass_and_a_baseline_that_is_not_asked_f
     assert [row["pass"] for row in document["rows"]] == ["product", "backward", "backward"]
 
 
+def test_a_slow_baseline_is_called_once_a_pass_and_ours_in_every_round(capsys, monkeypatch):
+    monkeypatch.setattr(attention, "SLOW_SECONDS", 1e-9)
+    monkeypatch.setattr(attention.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
+    options = ["--rounds", "3", "--baseline", "dense", "--passes", "forward", "--json"]
+    _, out, _ = bench(capsys, *SMALL, *options)
+    found = {row["candidate"]: (row["20 %"], row["memory MiB"]) for row in json.loads(out)["rows"]}
+    assert (found["ours"][0], found["dense"]) == (3e3, (2e3, None))  # of one time, twice
+
+
 class _Scaled(torch.autograd.Function):
     """The same values, a gradient that is a little too large."""
 
