@@ -7,7 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
+from transformers import TrainerCallback
+
+TRACED_STEPS = 3  # of a run of the Trainer, after the first, which is slower than the others
+
+
+def check_trace(path: str | None) -> None:
+    """Raises ValueError for a path whose folder does not exist."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"trace = {path}: its folder does not exist")
+
+
+def _activities() -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
 
 @contextmanager
@@ -17,11 +30,44 @@ def traced(path: str | None, memory: bool = True) -> Iterator[None]:
     if path is None:
         yield
         return
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"trace = {path}: its folder does not exist")
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, profile_memory=memory) as recorded:
+    check_trace(path)
+    with profile(activities=_activities(), profile_memory=memory) as recorded:
         yield
     recorded.export_chrome_trace(path)
+
+
+class TraceSteps(TrainerCallback):
+    """Writes the second to fourth step of a Trainer's run as one chrome trace, of the first process alone.
+
+    One of the Trainer's callbacks, and a context around its run: `with tracer: trainer.train()`. Raises
+    ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
+    """
+
+    def __init__(self, path: str):
+        check_trace(path)
+        self.path = path
+        self._profile: profile | None = None
+
+    def __enter__(self) -> TraceSteps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._profile is not None:
+            self._profile.stop()  # a run that ended before the fourth step: what there is, is written
+            self._profile = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.max_steps - state.global_step < 2:
+            raise ValueError(f"trace = {self.path}: needs a run of at least 2 steps, the first is not traced")
+        if state.is_world_process_zero:
+            self._profile = profile(
+                activities=_activities(),
+                schedule=schedule(wait=0, warmup=1, active=TRACED_STEPS, repeat=1),
+                on_trace_ready=lambda recorded: recorded.export_chrome_trace(self.path),
+                profile_memory=True,
+            )
+            self._profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._profile is not None:
+            self._profile.step()

@@ -1,184 +1,197 @@
 """`qstar bench attention`: thought attention beside the baselines that a reader would ask for, in one run.
 
-Every candidate is first held to the dense mask's definition in fp64, on a slice of the blocks; then all run
-once for warm-up (compilation included, told apart), then in alternating rounds. A ratio is the median over
-the rounds of one round's ratio: what slows the machine for a while slows both sides of it.
+What is known without measuring is printed first. Every candidate runs once for warm-up (compilation
+included, told apart) and is held to the dense mask's definition in fp64, outputs and each gradient; then all
+take turns in alternating rounds. A ratio is the median over the rounds of one round's ratio: what slows the
+machine for a while slows both sides of it. The row of "matmul" is a large square product (SquareProduct in
+timing.py) in the same rounds: the ceiling.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
-import torch
-from qstar_kernels import cpu_native, resolve_impl
-from torch import Tensor
+from torch.profiler import record_function
 from tqdm.auto import tqdm
 
 from qstar import report
 from qstar.cli.options import parse_options
-from qstar_bench.attention_candidates import Candidate, Problem, Shape, candidates
+from qstar.profiling import traced
+from qstar_bench.attention_candidates import Candidate, can, candidates, way
+from qstar_bench.attention_check import Judge
+from qstar_bench.attention_plan import PRESETS, AttentionArguments, Plan, plan
+from qstar_bench.attention_problem import Problem, Shape
 from qstar_bench.memory import peak_bytes
-from qstar_bench.timing import kernel_seconds, timed
+from qstar_bench.run import OutputArguments, finish, machine
+from qstar_bench.timing import SquareProduct, kernel_seconds, matmul_flops, timed
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL = Shape(T=256, L=14, R=1, Hq=8, Hkv=2, D=64)
-MISTRAL = Shape(T=256, L=14, R=1, Hq=32, Hkv=8, D=128)
-ALL = ("causal", "dense", "flex", "flash")
-ON_A_CPU = ("causal", "dense", "flex")
-# name: (shapes, baselines)
-PRESETS: dict[str, tuple[list[Shape], tuple[str, ...]]] = {
-    "cpu-small": ([SMALL.at(T=T) for T in (256, 512, 1024)], ON_A_CPU),
-    "paper": ([MISTRAL.at(T=T) for T in (256, 1024, 4096)], ("causal", "flex", "flash")),
-    "sweep-context": ([SMALL.at(T=T) for T in (64, 128, 256, 512, 1024, 2048)], ("causal",)),
-    "sweep-length": ([SMALL.at(T=T, L=L) for T in (64, 256, 1024, 2048) for L in (1, 2, 4, 8, 16, 32)], ()),
-}
+__all__ = ["PRESETS", "AttentionArguments", "main"]
+SLOW_SECONDS = 10.0  # a candidate whose calls took longer than this in all gets no more of them
+NEEDED = ("ours", "causal")  # but these two: the ratio of theirs is the first figure that is asked for
+MATMUL = ("matmul", "product")
+Key = tuple[str, str]
 
 
 @dataclass
-class AttentionArguments:
-    """A preset, or one shape of your own."""
+class Case:
+    """One shape's measurement: candidates by (name, pass), and what was found of each."""
 
-    preset: str | None = field(default=None, metadata={"help": f"One of {', '.join(PRESETS)}."})
-    tokens: int = field(default=256, metadata={"help": "T: prefix keys; a block at each."})
-    slots: int = field(default=14, metadata={"help": "L: slots of a block."})
-    num_thoughts: int = field(default=1, metadata={"help": "R: blocks at each token."})
-    heads: int = field(default=8, metadata={"help": "Query heads."})
-    kv_heads: int = field(default=2, metadata={"help": "Key/value heads."})
-    width: int = field(default=64, metadata={"help": "D: head width."})
-    dtype: str = field(default="float32", metadata={"help": f"One of {', '.join(DTYPES)}."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    impl: str = field(default="auto", metadata={"help": "The implementation that is measured."})
-    baseline: list[str] | None = field(
-        default=None, metadata={"help": f"Of {', '.join(ALL)} (default: the preset's, or all that can)."}
-    )
-    rounds: int = field(default=7, metadata={"help": "Alternating rounds after the warm-up."})
-    plot: str | None = field(
-        default=None, metadata={"help": "Draw time and memory over the slots as this PNG."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
+    shape: Shape
+    runs: dict[Key, Candidate] = field(default_factory=dict)
+    warm_up: dict[Key, float] = field(default_factory=dict)  # seconds
+    errors: dict[Key, float] = field(default_factory=dict)
+    times: dict[Key, list[float]] = field(default_factory=dict)  # seconds, one of each round
+    memory: dict[Key, int] = field(default_factory=dict)  # bytes
+    q_bytes: int = 0
+
+    def ratio(self, above: Key, below: Key) -> float | None:
+        """The median ratio of times; None where one of the two was not measured."""
+        if not (self.times.get(above) and self.times.get(below)):
+            return None
+        return statistics.median(a / b for a, b in zip(self.times[above], self.times[below]))
+
+    def memory_vs_q(self, key: Key) -> float | None:
+        return self.memory[key] / self.q_bytes if key in self.memory else None
 
 
-def shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:
-    """What the arguments ask for. Raises ValueError for a name that is none, and a size that cannot be."""
-    names: list[tuple[str, str, Iterable[str]]] = [
-        ("preset", args.preset or "cpu-small", PRESETS),
-        ("dtype", args.dtype, DTYPES),
-    ]
-    for name, given, allowed in [*names, *(("baseline", x, ALL) for x in args.baseline or ())]:
-        if given not in allowed:
-            raise ValueError(f"{name} = {given}: must be one of {', '.join(allowed)}")
-    for name in ("tokens", "slots", "num_thoughts", "heads", "kv_heads", "width", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} = {getattr(args, name)}: must be at least 1")
-    if args.heads % args.kv_heads:
-        raise ValueError(f"heads = {args.heads}: must be a multiple of kv_heads = {args.kv_heads}")
+def measure(shape: Shape, args: AttentionArguments, chosen: Plan, bar: tqdm) -> Case:
+    """Times and memory of every candidate and pass. Raises WrongResultError before any time is known."""
+    problem = Problem(shape, chosen.dtype, args.device)
+    judge = Judge(problem)
+    product = SquareProduct(chosen.dtype, args.device)
+    case = Case(shape, q_bytes=problem.q.numel() * problem.q.element_size())
 
-    def possible(baselines: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(x for x in baselines if args.device != "cpu" or x in ON_A_CPU)
+    def show(what: str) -> None:
+        bar.set_postfix_str(f"T {shape.T} L {shape.L}: {what}")
 
-    if args.preset is None:
-        one = Shape(args.tokens, args.slots, args.num_thoughts, args.heads, args.kv_heads, args.width)
-        return [one], tuple(args.baseline or possible(ALL))
-    found, baselines = PRESETS[args.preset]
-    return found, tuple(args.baseline or possible(baselines))
-
-
-def check(name: str, problem: Problem, out: Tensor, naive_error: float) -> float:
-    """The largest error of an output on some blocks. Raises RuntimeError when it is more than twice that of
-    the dense mask in the same dtype plus 1e-5 (flash-attention's rule)."""
-    error = problem.error(out)
-    if not error <= 2 * naive_error + 1e-5:
-        raise RuntimeError(f"{name}: error {error:.2e}; the dense mask's own is {naive_error:.2e}")
-    return error
-
-
-def measure(shape: Shape, args: AttentionArguments, baselines: tuple[str, ...], bar: tqdm) -> dict:
-    """One case: the figures of every candidate and pass, and our ratios to the baselines."""
-    problem = Problem(shape, DTYPES[args.dtype], args.device)
-    runs: dict[tuple[str, str], Candidate] = {}
-    warm_up, errors = {}, {}
-    naive_error = problem.naive_error()
-    for candidate in candidates(problem, args.impl, baselines):
-        key = candidate.name, candidate.what
-        bar.set_postfix_str(f"T {shape.T} L {shape.L}: {' '.join(key)}")
-        runs[key] = candidate
-        warm_up[key], result = timed(candidate.run, args.device)
-        if candidate.gives_out:
-            errors[candidate.name] = check(candidate.name, problem, result, naive_error)
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    case.runs[MATMUL] = Candidate(*MATMUL, run=lambda _: product.run(), flops=product.flops)
+    case.warm_up[MATMUL] = timed(product.run, args.device)[0]
+    for name in chosen.names:
+        passes = tuple(x for x in chosen.passes if x in can(name, args.impl[0], args.device))
+        if not passes:
+            continue
+        one = way(problem, name, args.impl[0])
+        for candidate in candidates(name, one, passes):
+            show(f"warm-up, {name} {candidate.what}")
+            key = name, candidate.what
+            case.runs[key] = candidate
+            case.warm_up[key] = timed(partial(candidate.run, candidate.prepare()), args.device)[0]
+        show(f"is {name} right?")
+        case.errors |= {(name, what): x for what, x in judge.check(name, one, passes).items()}
+    case.times = {key: [] for key in case.runs}
     for i in range(args.rounds):
-        for key, candidate in runs.items():
-            # the dense mask takes minutes where the others take a second: its rounds are fewer
-            if candidate.name != "dense" or i < max(1, 3 * 512 // shape.T):
-                bar.set_postfix_str(f"T {shape.T} L {shape.L}: round {i + 1}, {' '.join(key)}")
-                times[key].append(kernel_seconds(candidate.run, args.device))
-    q_bytes = problem.q.numel() * problem.q.element_size()
-    rows = []
-    for (name, what), found in times.items():
-        low, _, _, high = statistics.quantiles(found, n=5) if len(found) > 1 else [*found * 4]
-        memory = peak_bytes(runs[name, what].run, args.device) if name == "ours" else None
-        rows.append(
+        for key, candidate in case.runs.items():
+            if key[0] in NEEDED or sum(case.times[key]) < SLOW_SECONDS:
+                show(f"round {i + 1}, {' '.join(key)}")
+                run = partial(candidate.run, candidate.prepare())
+                case.times[key].append(kernel_seconds(run, args.device))
+    for key, candidate in case.runs.items():
+        if key[0] in NEEDED or (key != MATMUL and case.times[key][0] < SLOW_SECONDS):
+            show(f"memory, {' '.join(key)}")
+            case.memory[key] = peak_bytes(partial(candidate.run, candidate.prepare()), args.device)
+    return case
+
+
+def rows(case: Case, args: AttentionArguments) -> list[dict]:
+    """The table's rows: one for each candidate and pass. "error * 1e6" is the largest of the output or the
+    gradients on some blocks; "of matmul %" the share of the ceiling's FLOP/s."""
+
+    def scaled(x: float | None, factor: float) -> float | None:
+        return None if x is None else factor * x
+
+    found = []
+    for key, times in case.times.items():
+        (name, what), candidate, median = key, case.runs[key], statistics.median(times)
+        two = times if len(times) > 1 else times * 2
+        low, _, _, high = statistics.quantiles(two, n=5, method="inclusive")
+        shares = [
+            candidate.flops / x / (case.runs[MATMUL].flops / y) for x, y in zip(times, case.times[MATMUL])
+        ]
+        found.append(
             {
-                "T": shape.T,
-                "N": problem.N,
-                "L": shape.L,
+                **asdict(case.shape),
+                "N": case.shape.N,
+                "dtype": args.dtype,
                 "candidate": name,
                 "pass": what,
-                "median ms": 1e3 * statistics.median(found),
+                "median ms": 1e3 * median,
                 "20 %": 1e3 * low,
                 "80 %": 1e3 * high,
-                "warm-up ms": 1e3 * warm_up[name, what],
-                "GFLOP/s": runs[name, what].flops / statistics.median(found) / 1e9,
-                "memory MiB": None if memory is None else memory / 2**20,
-                "memory / q": None if memory is None else memory / q_bytes,
-                "error * 1e6": None if name not in errors else 1e6 * errors[name],
+                "warm-up ms": 1e3 * case.warm_up[key],
+                "GFLOP/s": candidate.flops / median / 1e9,
+                "of matmul %": 100 * statistics.median(shares),
+                "times causal": case.ratio(key, ("causal", what)),
+                "memory MiB": scaled(case.memory.get(key), 2**-20),
+                "memory / q": case.memory_vs_q(key),
+                "error * 1e6": scaled(case.errors.get(key), 1e6),
             }
         )
+    return found
 
-    def ratio(above: tuple[str, str], below: tuple[str, str]) -> float | None:
-        if not (times.get(above) and times.get(below)):
-            return None
-        return statistics.median(a / b for a, b in zip(times[above], times[below]))
 
+def ratios(case: Case) -> dict:
+    """Ours beside the baselines, None where one was not measured; memory is that of forward and backward."""
     both, forward, sampling = ("ours", "both"), ("ours", "forward"), ("ours", "sampling")
-    case = {
-        **asdict(shape),
-        "N": problem.N,
-        "fwd_bwd_vs_causal": ratio(both, ("causal", "both")),
-        "fwd_bwd_speedup_vs_dense": ratio(("dense", "both"), both),
-        "fwd_vs_causal": ratio(forward, ("causal", "forward")),
-        "fwd_speedup_vs_flex": ratio(("flex", "forward"), forward),
-        "fwd_bwd_speedup_vs_flash": ratio(("flash", "both"), both),
-        "sampling_vs_causal": ratio(sampling, ("causal", "sampling")),
-        "extra_memory_vs_q": next(row["memory / q"] for row in rows if row["pass"] == "both"),
+    return {
+        **asdict(case.shape),
+        "N": case.shape.N,
+        "fwd_bwd_vs_causal": case.ratio(both, ("causal", "both")),
+        "fwd_bwd_speedup_vs_dense": case.ratio(("dense", "both"), both),
+        "fwd_vs_causal": case.ratio(forward, ("causal", "forward")),
+        "fwd_speedup_vs_flex": case.ratio(("flex", "forward"), forward),
+        "fwd_bwd_speedup_vs_flash": case.ratio(("flash", "both"), both),
+        "sampling_vs_causal": case.ratio(sampling, ("causal", "sampling")),
+        "extra_memory_vs_q": case.memory_vs_q(both),
     }
-    return {"case": case, "rows": rows}
+
+
+def trace(path: str, cases: list[Case]) -> None:
+    """One call of every candidate in a range of its name; a backward's graph is made outside of it."""
+    with traced(path):
+        for case in cases:
+            for (name, what), candidate in case.runs.items():
+                prepared = candidate.prepare()
+                with record_function(f"{name} {what} T {case.shape.T} L {case.shape.L}"):
+                    candidate.run(prepared)
 
 
 def main(argv: list[str]) -> int:
-    (args,) = parse_options(AttentionArguments, argv, prog="qstar bench attention")
-    chosen, baselines = shapes(args)
-    resolved = resolve_impl(args.impl, args.device, DTYPES[args.dtype], chosen[0].D)
-    bar = tqdm(chosen, disable=args.json)
-    found = [measure(shape, args, baselines, bar) for shape in bar]
-    rows = [row for one in found for row in one["rows"]]
-    cases = [one["case"] for one in found]
-    machine = {
-        "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": args.dtype,
-        "ours": f"cpu (forward: {cpu_native.built()})" if resolved == "cpu" else resolved,
-    }
-    if not args.json:
-        print(report.table(rows, digits=2))
-        print(report.table([{k: v for k, v in case.items() if v is not None} for case in cases], digits=2))
-        print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    args, output = parse_options((AttentionArguments, OutputArguments), argv, prog="qstar bench attention")
+    chosen = plan(args)
+    ceiling = {f"matmul GFLOP/s {args.dtype}": matmul_flops(chosen.dtype, args.device) / 1e9}
+    where = machine(args.device, dtype=args.dtype, **chosen.runs, **ceiling)
+    cards = [shape.card(chosen.dtype.itemsize) for shape in chosen.shapes]
+    say: Callable[[str], None] = (lambda _: None) if output.json else partial(print, flush=True)
+    say(report.table(cards, digits=1))
+    say("\n".join(f"{name}: {value}" for name, value in where.items()))
+    say("\n".join(chosen.remarks))
+    cases: list[Case] = []
+    found: list[dict] = []
+    own: list[dict] = []
+    bar = tqdm(chosen.shapes, disable=output.json)
+    for shape in bar:
+        case = measure(shape, args, chosen, bar)
+        if output.trace is None:
+            case.runs = {
+                key: Candidate(*key, run=lambda _: None, flops=x.flops) for key, x in case.runs.items()
+            }
+        cases.append(case)
+    found = [row for case in cases for row in rows(case, args)]
+    own = [ratios(case) for case in cases]
+    in_card = ("R", "Hq", "Hkv", "D", "dtype")
+    say(
+        report.table([{name: x for name, x in row.items() if name not in in_card} for row in found], digits=2)
+    )
+    measured = [name for name in own[0] if any(case[name] is not None for case in own)]
+    say(report.table([{name: case[name] for name in measured} for case in own], digits=2))
     if args.plot is not None:
-        plot(rows, args.plot)
-    report.last_line({"machine": machine, "cases": cases, "measurements": rows})
+        plot(found, args.plot)
+    if output.trace is not None:
+        trace(output.trace, cases)
+    finish("attention", args, where, found, output, cases=own, costs=cards)
     return 0
 
 

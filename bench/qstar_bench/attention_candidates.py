@@ -1,218 +1,229 @@
-"""What `qstar bench attention` runs: our operator, and the baselines on the same queries, keys and values.
+"""What `qstar bench attention` runs: implementations of our operator, and the baselines on the same queries.
 
-Blocks are the training step's: R at every token t = 1 .. T, each seeing the prefix [0, t) and its own slots.
-
+- ours: the operator with the first `--impl`; impl=NAME: with each further one.
 - causal: plain causal attention of the same queries over the prefix alone, the slots folded into the query
   heads of their group (`F.scaled_dot_product_attention(is_causal=True, enable_gqa=True)`): no own part.
 - dense: one dense mask over [prefix | all own slots], as in the published code.
 - flex: compiled FlexAttention under the block mask of the same rule, made once; forward only on a CPU.
 - flash: the operator with impl="flash", stock flash kernels for the prefix; on a GPU only.
-
-The sampling pass is one query slot of every block with L own keys, without gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from qstar_kernels import thought_attention
+from qstar_kernels import resolve_impl, thought_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-Operands = tuple[Tensor, ...]
+from qstar_bench.attention_problem import Problem
+
+BASELINES = ("causal", "dense", "flex", "flash")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """T prefix keys, L slots of a block, R blocks at each token, Hq query and Hkv key-value heads, D wide."""
+class Way:
+    """A way to compute a problem's attention, in a layout of its own.
 
-    T: int
-    L: int
-    R: int
-    Hq: int
-    Hkv: int
-    D: int
+    own: whether the blocks' own slots are part of it; rounds_sums: whether the gradients of keys come from
+    torch's kernels, some of which (those for CPUs) sum them over rows and heads in a low precision; leaves:
+    by name, what the backward gives gradients of.
+    """
 
-    def at(self, **changes: int) -> Shape:
-        return replace(self, **changes)
+    own = True
+    rounds_sums = True
 
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.leaves: dict[str, Tensor] = problem.leaves
 
-class Problem:
-    """Random operands of a shape, of one row: q, k, v [1, N, L, H, D]; k_prefix, v_prefix [1, T, Hkv, D]."""
+    def forward(self) -> Tensor:
+        """The output, in the layout of `fold`."""
+        raise NotImplementedError
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
-        self.shape, s = shape, shape
-        self.N = s.T * s.R
-        source = torch.Generator(device).manual_seed(0)
+    def sampling(self) -> Tensor:
+        """One query slot of every block, the last: [1, N, 1, Hq, D] in the layout of `fold`."""
+        raise NotImplementedError
 
-        def random(*size: int) -> Tensor:
-            return torch.randn(*size, generator=source, device=device).to(dtype).requires_grad_()
+    def fold(self, x: Tensor) -> Tensor:
+        """x [1, N, slots, Hq, D] in this way's layout of queries."""
+        return x
 
-        self.q = random(1, self.N, s.L, s.Hq, s.D)
-        self.k, self.v = (random(1, self.N, s.L, s.Hkv, s.D) for _ in range(2))
-        self.k_prefix, self.v_prefix = (random(1, s.T, s.Hkv, s.D) for _ in range(2))
-        self.prefix_end = torch.arange(1, s.T + 1, device=device).repeat_interleave(s.R)[None]
-        self.leaves = (self.q, self.k, self.v, self.k_prefix, self.v_prefix)
-        self.d_out = random(*self.q.shape).detach()
-        self.some = torch.linspace(0, self.N - 1, min(self.N, 9), device=device).long()
-        self.truth = self._reference(torch.float64)
-
-    def _reference(self, dtype: torch.dtype) -> Tensor:
-        """The dense mask's definition on some blocks, computed in `dtype`: [1, some, L, Hq, D]."""
-        with torch.no_grad():
-            q, k, v = (x[:, self.some].to(dtype) for x in (self.q, self.k, self.v))
-            prefix = self.k_prefix.to(dtype), self.v_prefix.to(dtype)
-            return thought_attention(q, k, v, *prefix, self.prefix_end[:, self.some], impl="reference")[0]
-
-    def naive_error(self) -> float:
-        """The largest error of the dense mask in the operands' own dtype."""
-        return float((self._reference(self.q.dtype).double() - self.truth).abs().max())
-
-    def error(self, out: Tensor) -> float:
-        """The largest error of out [1, N, L, Hq, D] on some blocks."""
-        return float((out.detach()[:, self.some].double() - self.truth).abs().max())
-
-    def slots_visible(self) -> tuple[float, float]:
-        """Query-key pairs of one query head: over the prefix, and over the own slots."""
-        s = self.shape
-        return self.N * s.L * (s.T + 1) / 2, self.N * s.L * (s.L + 1) / 2
+    def unfold(self, name: str, x: Tensor) -> Tensor:
+        """An output or the gradient of the leaf `name` in the problem's layout."""
+        return x
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """run(): one timed call; gives_out: what it returns is the operator's whole output, like q."""
+class Operator(Way):
+    """`thought_attention` with one of its implementations."""
 
-    name: str
-    what: str
-    run: Callable[[], Any]
-    flops: float
-    gives_out: bool = False
+    def __init__(self, problem: Problem, impl: str):
+        super().__init__(problem)
+        self.impl = impl
+        self.rounds_sums = impl in ("flash", "flex")
+        self.last = problem.q.detach()[:, :, -1:].contiguous()
 
+    def forward(self) -> Tensor:
+        p = self.problem
+        return thought_attention(p.q, p.k, p.v, p.k_prefix, p.v_prefix, p.prefix_end, impl=self.impl)[0]
 
-def candidates(problem: Problem, impl: str, baselines: tuple[str, ...]) -> Iterator[Candidate]:
-    """Ours first, then the baselines: forward, forward + backward ("both") and sampling, where each can."""
-    prefix, own = problem.slots_visible()
-    s = problem.shape
-    product = 2 * s.Hq * s.D  # FLOPs of a query-key pair in one matrix product, all heads
-    makers: dict[str, tuple[Callable[[], Tensor], Operands, float]] = {
-        "ours": (lambda: _ours(problem, impl), problem.leaves, prefix + own),
-        "causal": (*_causal(problem), prefix),
-        "dense": (_dense(problem), problem.leaves, prefix + own),
-        "flash": (lambda: _ours(problem, "flash"), problem.leaves, prefix + own),
-    }
-    if "flex" in baselines:
-        makers["flex"] = _flex(problem), problem.leaves, prefix + own
-    for name in ("ours", *baselines):
-        forward, leaves, pairs = makers[name]
-        yield Candidate(name, "forward", torch.no_grad()(forward), 2 * product * pairs, name != "causal")
-        if name != "flex" or problem.q.is_cuda:
-            # the backward has five products: the scores are made again
-            yield Candidate(name, "both", _both(problem, forward, leaves), 7 * product * pairs)
-        if name == "ours":
-            pairs = prefix / s.L + problem.N * s.L
-            yield Candidate(name, "sampling", _sampling(problem, impl), 2 * product * pairs)
-        if name == "causal":
-            sampling = torch.no_grad()(_causal(problem, slots=1)[0])
-            yield Candidate(name, "sampling", sampling, 2 * product * prefix / s.L)
+    def sampling(self) -> Tensor:
+        p = self.problem
+        return thought_attention(self.last, p.k, p.v, p.k_prefix, p.v_prefix, p.prefix_end, impl=self.impl)[0]
 
 
-def _both(problem: Problem, forward: Callable[[], Tensor], leaves: Operands) -> Callable[[], object]:
-    """Forward and the gradients of all operands; d_out is given, so nothing else is timed."""
-
-    def run() -> object:
-        out = forward()
-        return torch.autograd.grad(out, leaves, problem.d_out.view_as(out))
-
-    return run
-
-
-def _ours(problem: Problem, impl: str) -> Tensor:
-    p = problem
-    return thought_attention(p.q, p.k, p.v, p.k_prefix, p.v_prefix, p.prefix_end, impl=impl)[0]
-
-
-def _sampling(problem: Problem, impl: str) -> Callable[[], Tensor]:
-    p = problem
-    q = p.q[:, :, -1:].detach().contiguous()
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        return thought_attention(q, p.k, p.v, p.k_prefix, p.v_prefix, p.prefix_end, impl=impl)[0]
-
-    return run
-
-
-def _causal(problem: Problem, slots: int | None = None) -> tuple[Callable[[], Tensor], Operands]:
+class Causal(Way):
     """Square causal attention: row t of a group's head g * R * L + (r, i) is slot i of the r-th block at t.
 
     The operands are laid out so before any timing: the baseline pays for no copy.
     """
-    s = problem.shape
-    L = slots or s.L
-    group = s.Hq // s.Hkv
-    q = problem.q.detach()[0, :, -L:].view(s.T, s.R, L, s.Hkv, group, s.D)
-    q = q.permute(3, 4, 1, 2, 0, 5).reshape(1, s.Hq * s.R * L, s.T, s.D).contiguous().requires_grad_()
-    k, v = (
-        x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (problem.k_prefix, problem.v_prefix)
-    )
-    return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), (q, k, v)
+
+    own = False
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        operands = {"q": self.fold(problem.q.detach())}
+        for name in ("k_prefix", "v_prefix"):
+            operands[name] = problem.leaves[name].detach().transpose(1, 2).contiguous()
+        self.leaves = {name: x.requires_grad_() for name, x in operands.items()}
+        self.last = self.fold(problem.q.detach()[:, :, -1:])
+
+    def forward(self) -> Tensor:
+        return self._attend(self.leaves["q"])
+
+    def sampling(self) -> Tensor:
+        return self._attend(self.last)
+
+    def _attend(self, q: Tensor) -> Tensor:
+        keys, values = self.leaves["k_prefix"], self.leaves["v_prefix"]
+        return scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+
+    def fold(self, x: Tensor) -> Tensor:
+        s = self.problem.shape
+        x = x[0].unflatten(0, (s.T, s.R)).unflatten(3, (s.Hkv, -1))  # [T, R, L, Hkv, G, D]
+        return x.permute(3, 4, 1, 2, 0, 5).reshape(1, -1, s.T, s.D).contiguous()
+
+    def unfold(self, name: str, x: Tensor) -> Tensor:
+        if "prefix" in name:
+            return x.transpose(1, 2)
+        s = self.problem.shape
+        x = x.unflatten(1, (s.Hkv, s.Hq // s.Hkv, s.R, -1))[0]  # [Hkv, G, R, L, T, D]
+        return x.permute(4, 2, 3, 0, 1, 5).flatten(3, 4).flatten(0, 1)[None]
 
 
-def _rows(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """q [1, Hq, N * L, D]; keys and values [1, Hkv, T + N * L, D]."""
-    p = problem
+class _Rows(Way):
+    """All slots as rows of one attention over [prefix | all own slots]."""
 
-    def joined(prefix: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([prefix, own.flatten(1, 2)], dim=1).transpose(1, 2)
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q [1, Hq, N * L, D]; keys and values [1, Hkv, T + N * L, D]."""
+        p = self.problem
 
-    return (
-        p.q.flatten(1, 2).transpose(1, 2),
-        joined(p.k_prefix, p.k),
-        joined(p.v_prefix, p.v),
-    )
+        def joined(prefix: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([prefix, own.flatten(1, 2)], dim=1).transpose(1, 2)
+
+        return p.q.flatten(1, 2).transpose(1, 2), joined(p.k_prefix, p.k), joined(p.v_prefix, p.v)
+
+    def blocks(self, rows: Tensor) -> Tensor:
+        return rows.transpose(1, 2).reshape(self.problem.q.shape)
 
 
-def _dense(problem: Problem) -> Callable[[], Tensor]:
-    s, N, device = problem.shape, problem.N, problem.q.device
-    row = torch.arange(N * s.L, device=device)[:, None]
-    key = torch.arange(s.T + N * s.L, device=device)
-    mask: list[Tensor] = []
+class Dense(_Rows):
+    """The mask is made when it is first used: at T 1,024 it takes 220 MB."""
 
-    def forward() -> Tensor:
-        if not mask:  # made when it is first used: at T 1,024 it takes 220 MB
+    mask: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        if self.mask is None:
+            s, end = self.problem.shape, self.problem.prefix_end[0]
+            row = torch.arange(s.N * s.L, device=end.device)[:, None]
+            key = torch.arange(s.T + s.N * s.L, device=end.device)
             own = key - s.T
             sees_own = (own >= 0) & (own // s.L == row // s.L) & (own <= row)
-            mask.append(((key < s.T) & (key < problem.prefix_end[0][row // s.L])) | sees_own)
-        q, k, v = _rows(problem)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask[0], enable_gqa=True)
-        return out.transpose(1, 2).reshape(problem.q.shape)
-
-    return forward
+            self.mask = ((key < s.T) & (key < end[row // s.L])) | sees_own
+        return self.blocks(scaled_dot_product_attention(*self.rows(), attn_mask=self.mask, enable_gqa=True))
 
 
-def _flex(problem: Problem) -> Callable[[], Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+class Flex(_Rows):
+    """Compiled, so that on a GPU neither the mask nor the scores are ever held."""
 
-    s, end = problem.shape, problem.prefix_end[0]
-    T, L = s.T, s.L
+    def __init__(self, problem: Problem):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def rule(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        own = key - T
-        return ((key < T) & (key < end[row // L])) | ((key >= T) & (own // L == row // L) & (own <= row))
+        super().__init__(problem)
+        s, end, device = problem.shape, problem.prefix_end[0], problem.q.device
+        T, L = s.T, s.L
 
-    rows = problem.N * L
-    make_mask = torch.compile(create_block_mask)  # not compiled, it would hold the dense mask
-    block_mask = make_mask(rule, None, None, rows, T + rows, device=problem.q.device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
+        def rule(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            own = key - T
+            return ((key < T) & (key < end[row // L])) | ((key >= T) & (own // L == row // L) & (own <= row))
 
-    def forward() -> Tensor:
-        q, k, v = _rows(problem)
+        rows = s.N * L
+        self.mask = torch.compile(create_block_mask)(rule, None, None, rows, T + rows, device=device.type)
+        self.compiled = torch.compile(flex_attention, dynamic=False)
+
+    def forward(self) -> Tensor:
+        q, k, v = self.rows()
         if not q.is_cuda:
             q, k, v = (x.detach() for x in (q, k, v))
-        out = compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
-        return out.transpose(1, 2).reshape(problem.q.shape)
+        return self.blocks(self.compiled(q, k, v, block_mask=self.mask, enable_gqa=True))
 
-    return forward
+
+def way(problem: Problem, name: str, impl: str) -> Way:
+    """The way of that name; impl: what `ours` runs."""
+    if name in ("causal", "dense", "flex"):
+        return {"causal": Causal, "dense": Dense, "flex": Flex}[name](problem)
+    return Operator(problem, impl_of(name, impl))
+
+
+def impl_of(name: str, impl: str) -> str:
+    """What `thought_attention` is told for the candidate of that name, `impl` being what ours runs."""
+    return impl if name == "ours" else name.removeprefix("impl=")
+
+
+def can(name: str, impl: str, device: str) -> tuple[str, ...]:
+    """The passes that a candidate has."""
+    training = ("forward", "backward", "both")
+    if name == "causal":
+        return (*training, "sampling")
+    if name in ("dense", "flash"):
+        return training
+    if name == "flex":
+        return training if device != "cpu" else ("forward",)
+    has_backward = device != "cpu" or resolve_impl(impl_of(name, impl), device) != "flex"
+    return (*training, "sampling") if has_backward else ("forward", "sampling")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed: run(prepare()), of which only run; name: the way's, what: the pass."""
+
+    name: str
+    what: str
+    run: Callable[[Any], Any]
+    flops: float
+    prepare: Callable[[], Any] = lambda: None
+
+
+def candidates(name: str, one: Way, passes: tuple[str, ...]) -> Iterator[Candidate]:
+    """A way's passes. d_out is given, so that nothing but the pass is timed; the backward's graph is made
+    before its clock runs."""
+    leaves, d_out = tuple(one.leaves.values()), one.fold(one.problem.d_out)
+
+    def without_gradient(forward: Callable[[], Tensor], _: None) -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def backward(out: Tensor) -> object:
+        return torch.autograd.grad(out, leaves, d_out)
+
+    runs: dict[str, dict[str, Callable]] = {
+        "forward": {"run": partial(without_gradient, one.forward)},
+        "backward": {"run": backward, "prepare": one.forward},
+        "both": {"run": lambda _: backward(one.forward())},
+        "sampling": {"run": partial(without_gradient, one.sampling)},
+    }
+    for what in passes:
+        yield Candidate(name, what, flops=one.problem.shape.flops(what, one.own), **runs[what])

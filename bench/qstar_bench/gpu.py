@@ -1,7 +1,8 @@
 """`qstar bench gpu`, run by `make gpu`: what a GPU can tell in ten minutes, as one JSON file and tables.
 
 First the GPU-marked tests, then the benchmarks and their memory, each in a process of its own with a share of
-the time; what fails or runs out of it is reported as that, and the rest still runs.
+the time; what fails or runs out of it is reported as that, and the rest still runs. Another measurement is
+one more line in `stages`: what its document has under "rows", and single figures beside, is shown.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,19 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from qstar import report
 from qstar.cli.options import parse_options
-from qstar_bench.timing import kernel_seconds
+from qstar.demo import TINY_LM
+from qstar_bench.run import TableArguments, check_device, finish, machine
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = {"slots": 14, "heads": 32, "kv_heads": 8, "width": 128}  # attention of Mistral-7B, k 9, m 4
-STEP = {"tokens": 256, "width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp": 5632}  # 0.9B
-TINY_ATTENTION = {"heads": 2, "kv_heads": 1, "width": 16}
-TINY_STEP = {"tokens": 16, "width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 32, "vocabulary": 64}
+TINY_ATTENTION = {"slots": 2, "heads": 2, "kv_heads": 1, "width": 16}
+TINY_STEP = {"model": "tiny", "tokens": 9, "thought_length": 2, "talk_length": 2}
+# of the model that generates: 0.14B with random weights, heads 64 wide
+WRITER = {"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4}
+TINY_WRITER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @dataclass
@@ -43,7 +46,6 @@ class GpuArguments:
     rehearse: bool = field(
         default=False, metadata={"help": "The same stages at tiny sizes on the CPU: tests this command."}
     )
-    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
 
 
 @dataclass(frozen=True)
@@ -57,61 +59,93 @@ class Stage:
     def run(self) -> dict[str, Any]:
         """{"stage", "seconds", "failed" (why, or None), "result" (its last line's JSON, or None)}."""
         began = time.perf_counter()
-        result, failed = None, None
         path = os.pathsep.join(str(ROOT / x) for x in (".", "kernels", "bench"))
-        environment = {**os.environ, "PYTHONPATH": path}
+        process = subprocess.Popen(
+            [sys.executable, "-m", *self.command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        )  # fmt: skip
+        failed = None
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", *self.command], capture_output=True, text=True, timeout=self.seconds,
-                cwd=ROOT, env=environment,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
+            out, error = process.communicate(timeout=self.seconds)
+        except BaseException as reason:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too: they would hold the GPU
+            out, error = process.communicate()
+            if not isinstance(reason, subprocess.TimeoutExpired):
+                raise
             failed = f"not done in {self.seconds} s"
-        else:
-            lines = done.stdout.strip().splitlines()
-            if lines and lines[-1].startswith("{"):
-                result = json.loads(lines[-1])
-            if done.returncode:
-                failed = f"exit status {done.returncode}: {(done.stderr or done.stdout)[-2000:]}"
-        return {
-            "stage": self.name,
-            "seconds": time.perf_counter() - began,
-            "failed": failed,
-            "result": result,
-        }
+        if failed is None and process.returncode:
+            failed = f"exit status {process.returncode}: {(error or out)[-2000:]}"
+        seconds = time.perf_counter() - began
+        return {"stage": self.name, "seconds": seconds, "failed": failed, "result": _last_document(out)}
 
 
-def stages(rehearse: bool, junit: Path) -> list[Stage]:
-    """In order; together at most ten minutes."""
-    tests = ["pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}", "tests"]
+def _last_document(out: str) -> dict[str, Any] | None:
+    lines = out.strip().splitlines()
+    try:
+        found = json.loads(lines[-1]) if lines else None
+    except ValueError:  # a process that was stopped, or that ends with no document
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def stages(rehearse: bool, folder: Path) -> list[Stage]:
+    """In order; together at most ten minutes. folder: has the tests' report, tests.xml, and the model that
+    generates, model/."""
+    tests = ["pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={folder / 'tests.xml'}"]
     if importlib.util.find_spec("xdist") and not rehearse:
         tests += ["-n", str(min(12, os.cpu_count() or 1))]  # what they wait for is the compiler
+    tests.append("tests")
     bench = ["qstar.cli.main", "bench"]
+    generate = [*bench, "generate", "--model", str(folder / "model")]
     if rehearse:
-        attention = ["attention", "--slots", "2", *_sizes(TINY_ATTENTION), "--rounds", "1"]
+        attention = ["attention", *_options(TINY_ATTENTION), "--rounds", "1"]
+        step = ["step", *_options(TINY_STEP), "--steps", "1", "--rounds", "1"]
         return [
             Stage("tests", tests, 180),
             Stage("attention T 9", [*bench, *attention, "--tokens", "9", "--baseline", "causal"], 90),
-            Stage("step", [*bench, "step", *_sizes(TINY_STEP), "--impl", "auto", "--steps", "1"], 90),
+            Stage("step", [*bench, *step], 90),
+            Stage("generate", [*generate, "--new_tokens", "3", "--rounds", "1"], 90),
         ]
     on_gpu = ["--device", "cuda"]
     attention = [*bench, "attention", *on_gpu, "--dtype", "bfloat16"]
     baselines = ["--baseline", "causal", "flex", "flash"]
-    step = [*bench, "step", *on_gpu, "--autocast", "bfloat16", *_sizes(STEP)]
+    step = [*bench, "step", *on_gpu, "--model", "mistral-0.9b", "--dtype", "bfloat16", "--rounds", "1"]
     return [
-        Stage("tests", tests, 180),
+        Stage("tests", tests, 150),
         *(
-            Stage(f"attention T {T}", [*attention, *_sizes(MISTRAL), "--tokens", str(T), *baselines], 70)
+            Stage(f"attention T {T}", [*attention, *_options(MISTRAL), "--tokens", str(T), *baselines], 60)
             for T in (256, 1024, 4096)
         ),
-        Stage("step", [*step, "--batch", "4", "--impl", "auto"], 50),
-        Stage("step beside the dense mask", [*step, "--batch", "1"], 60),
-        Stage("attention over N and L", [*attention, "--preset", "sweep-length", "--rounds", "3"], 100),
+        Stage("step", [*step, "--way", "ours", "published", "plain"], 130),
+        Stage("generate", [*generate, *on_gpu], 60),
+        Stage(
+            "attention over N and L",
+            [*attention, "--preset", "sweep-length", "--passes", "forward", "both", "--rounds", "3"],
+            80,
+        ),
     ]
 
 
-def _sizes(sizes: dict[str, int]) -> list[str]:
-    return [x for name, value in sizes.items() for x in (f"--{name}", str(value))]
+def _options(values: dict[str, Any]) -> list[str]:
+    return [x for name, value in values.items() for x in (f"--{name}", str(value))]
+
+
+def write_model(folder: Path, sizes: dict[str, int]) -> None:
+    """A model that has learned nothing, with the embedded one's tokenizer: its speed is what is measured."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
+    torch.manual_seed(0)
+    MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            intermediate_size=11 * sizes["hidden_size"] // 4,
+            max_position_embeddings=1024,
+            sliding_window=None,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **sizes,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def counts(junit: Path) -> dict[str, Any]:
@@ -129,77 +163,55 @@ def counts(junit: Path) -> dict[str, Any]:
     }
 
 
-def machine(rehearse: bool) -> dict[str, Any]:
+def where(rehearse: bool) -> dict[str, Any]:
     """The device and the versions that every figure depends on."""
-    found: dict[str, Any] = {
-        "device": "cpu (a rehearsal)",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-    }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    found["commit"] = commit.stdout.strip() or None
-    if not rehearse:
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "device": properties.name,
-            "memory GiB": properties.total_memory / 2**30,
-            "processors": properties.multi_processor_count,
-            "cuda": torch.version.cuda or torch.version.hip,
-        }
-    found["matmul TFLOP/s"] = _matmul(64 if rehearse else 8192, "cpu" if rehearse else "cuda")
-    return found
+    if rehearse:
+        return machine("cpu", rehearsal=True)
+    properties = torch.cuda.get_device_properties(0)
+    memory = {"memory GiB": properties.total_memory / 2**30, "processors": properties.multi_processor_count}
+    return machine("cuda", **memory)
 
 
-def _matmul(n: int, device: str) -> float:
-    """What a square bf16 product reaches on random numbers: the ceiling that a kernel is held against."""
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    times = sorted(kernel_seconds(lambda: a @ b, device) for _ in range(6))
-    return 2 * n**3 / times[2] / 1e12
-
-
-def summary(found: dict[str, Any]) -> list[str]:
-    """The tables: stages, tests, the attention's measurements and ratios, the step."""
-    results = {stage["stage"]: stage["result"] or {} for stage in found["stages"]}
-    attention = [x for name, x in results.items() if name.startswith("attention T")]
+def summary(rows: list[dict[str, Any]], tests: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """The tables: stages, tests, and of every bench its rows, attention's ratios and the single figures."""
     tables = [
-        [
-            {"stage": x["stage"], "seconds": x["seconds"], "": "failed" if x["failed"] else "done"}
-            for x in found["stages"]
-        ],
-        [{k: v for k, v in found["tests"].items() if k != "names"}],
-        [row for x in attention for row in x.get("measurements", [])],
-        [row for x in attention for row in x.get("cases", [])],
-        [row for name, x in results.items() if name.startswith("step") for row in x.get("results", [])],
+        report.table([row | {"failed": "failed" if row["failed"] else ""} for row in rows], digits=1),
+        report.table([{name: value for name, value in tests.items() if name != "names"}]),
     ]
-    return [report.table(rows, digits=2) for rows in tables if rows]
+    for stage in found:
+        result = stage["result"] or {}
+        figures = {name: x for name, x in result.items() if isinstance(x, float)}
+        several = [result.get("rows", []), result.get("cases", []), [figures] if figures else []]
+        tables += [f"{stage['stage']}:\n{report.table(x, digits=2)}" for x in several if x]
+    failures = [f"{stage['stage']} failed: {stage['failed']}" for stage in found if stage["failed"]]
+    return "\n\n".join(tables + failures + tests["names"])
 
 
 def main(argv: list[str]) -> int:
-    (args,) = parse_options(GpuArguments, argv, prog="qstar bench gpu")
-    if not args.rehearse and not torch.cuda.is_available():
-        raise ValueError("device = cuda: torch sees no GPU on this machine")
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"machine": machine(args.rehearse), "stages": []}
-    with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "tests.xml"
-        bar = tqdm(stages(args.rehearse, junit), disable=args.json)
+    args, output = parse_options((GpuArguments, TableArguments), argv, prog="qstar bench gpu")
+    if not args.rehearse:
+        check_device("cuda")
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    here = where(args.rehearse)
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tests = counts(folder / "tests.xml")
+        write_model(folder / "model", TINY_WRITER if args.rehearse else WRITER)
+        bar = tqdm(stages(args.rehearse, folder), disable=output.json)
         for stage in bar:
             bar.set_postfix_str(stage.name)
-            found["stages"].append(stage.run())
-            found["tests"] = counts(junit)
-            output.write_text(json.dumps(found, indent=1))  # after each: a machine may be taken away
-    tested = args.rehearse or found["tests"]["passed"] > 0  # where every test is skipped, nothing is shown
-    found["passed"] = tested and not any(stage["failed"] for stage in found["stages"])
-    output.write_text(json.dumps(found, indent=1))
-    if not args.json:
-        print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
-        print("\n\n".join(summary(found)))
-        for stage in found["stages"]:
-            if stage["failed"]:
-                print(f"{stage['stage']} failed: {stage['failed']}")
-        print(*found["tests"]["names"], sep="\n")
-    report.last_line(found)
-    return 0 if found["passed"] else 1
+            found.append(stage.run())
+            tests = counts(folder / "tests.xml")
+            so_far = {"machine": here, "stages": found, "tests": tests}
+            path.write_text(json.dumps(so_far, indent=1))  # after each: a machine may be taken away
+    rows = [{name: stage[name] for name in ("stage", "seconds", "failed")} for stage in found]
+    tested = args.rehearse or tests["passed"] > 0  # where every test is skipped, nothing is shown
+    passed = tested and not any(stage["failed"] for stage in found)
+    if not output.json:
+        print(", ".join(f"{name} {value}" for name, value in here.items()))
+        print(summary(rows, tests, found))
+    document = finish("gpu", args, here, rows, output, stages=found, tests=tests, passed=passed)
+    path.write_text(json.dumps(document, indent=1))
+    return 0 if passed else 1

@@ -2,15 +2,19 @@
 
 No GPU is used. Registers, stack, shared memory and tensor-core instructions are read from the compiled code;
 bytes and FLOPs are counted from the operator; the time is a model, not a measurement: the larger of
-FLOPs / peak and bytes / bandwidth of the chip's data sheet.
+FLOPs / peak and bytes / bandwidth of the chip's data sheet. docs/kernels.md holds what `--whole` prints
+between the machine's lines and the last one. Interrupted, it tells what was compiled until then.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 
 import torch
 from qstar_kernels.compile_gate import KERNELS, OPTIONS, TARGETS, Compiled, Gate, matrix
@@ -19,6 +23,7 @@ from tqdm.auto import tqdm
 
 from qstar import report
 from qstar.cli.options import parse_options
+from qstar_bench.run import TableArguments, finish, machine
 
 # dense bf16 TFLOP/s, TB/s, registers and threads of a processor; from the makers' data sheets
 ROOFLINE = {
@@ -41,7 +46,6 @@ class KernelArguments:
     option: list[str] = field(default_factory=lambda: ["plain"], metadata={"help": "Options."})
     whole: bool = field(default=False, metadata={"help": "The whole matrix, whatever else is given."})
     jobs: int = field(default=1, metadata={"help": "Processes that compile."})
-    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
 
 
 def gates(args: KernelArguments) -> list[Gate]:
@@ -166,20 +170,64 @@ def summary(table: list[dict]) -> list[dict]:
     return found
 
 
+def compiled(wanted: list[Gate], jobs: int) -> Iterator[tuple[Gate, list[dict], list[str]]]:
+    """(gate, its rows, complaints) of each point, as soon as it is done."""
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # an interrupted terminal tells every process: one answers
+    )
+    try:
+        gates = {pool.submit(rows, gate): gate for gate in wanted}
+        for done in as_completed(gates):
+            yield gates[done], *done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def told(table: list[dict], whole: bool, complaints: list[str], points: int) -> str:
+    """The Markdown that docs/kernels.md holds; of a slice each point has a row of its own."""
+    return "\n".join(
+        [
+            report.table(summary(table) if whole else table, digits=1),
+            "",
+            f"{points} points of kernel, chip, dtype, head width D, query heads a group G and option.",
+            "A row is the worst of its points. Shapes: B 1, T = N = 1024, L 14 (own_keys 40), 8 key-value",
+            "heads, one query slot for decode. GFLOP, MB and model us are those of bf16 with G 4 and no",
+            "option; model us is a roofline, not measured.",
+            "",
+            *(complaints or ["Every kernel passes the gate."]),
+        ]
+    )
+
+
 def main(argv: list[str]) -> int:
-    (args,) = parse_options(KernelArguments, argv, prog="qstar bench kernels")
-    table: list[dict] = []
-    complaints: list[str] = []
+    args, output = parse_options((KernelArguments, TableArguments), argv, prog="qstar bench kernels")
     wanted = gates(args)
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found, wrong in tqdm(
-            pool.map(rows, wanted), desc="kernels", total=len(wanted), disable=args.json
-        ):
-            table += found
+    where = machine("cpu", chips=sorted({gate.chip for gate in wanted}))
+    if not output.json:
+        print(f"{len(wanted)} points, {args.jobs} at a time")
+        print("\n".join(f"{name}: {value}" for name, value in where.items()), flush=True)
+    found: dict[Gate, list[dict]] = {}
+    complaints: list[str] = []
+    bar = tqdm(total=len(wanted), desc="kernels", disable=output.json)
+    try:
+        for gate, its_rows, wrong in compiled(wanted, args.jobs):
+            found[gate] = its_rows
             complaints += wrong
-    if not args.json:
-        print(report.table(summary(table) if args.whole else table, digits=1))
-        print("B 1, T = N = 1024, L 14 (own_keys 40), 8 key-value heads; model us: a roofline, not measured.")
-        print("\n".join(complaints) or "every kernel passes the gate")
-    report.last_line({"arguments": asdict(args), "kernels": table, "complaints": complaints})
+            bar.set_postfix_str(str(gate))
+            bar.update()
+            for line in wrong:
+                bar.write(line, file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {len(found)} of {len(wanted)} points were compiled", file=sys.stderr)
+    bar.close()
+    table = [row for gate in wanted for row in found.get(gate, [])]  # in the order of the matrix
+    if not output.json:
+        print(told(table, args.whole, complaints, len(found)))
+    points = {"points": len(found), "points_wanted": len(wanted)}
+    finish("kernels", args, where, table, output, **points, complaints=complaints)
+    if len(found) < len(wanted):
+        return 130
     return 1 if complaints else 0

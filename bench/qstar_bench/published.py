@@ -3,9 +3,10 @@
 What the authors' code does (ezelikman/quiet-star, 892446b, its training forward), written anew: the text is
 repeated for each of the R thoughts; one pass over all T positions for the text, each thought slot and each
 talk token, its inputs waiting for the pass before; a dense mask [T, T * passes] that grows by T columns a
-pass; all logits of every pass, twice (of the thought, and of the mixture); the next input as a one-hot
-product with the whole embedding table; the graph of all passes kept for one backward. It gives the loss that
-ours gives for the same thoughts, which the bench checks.
+pass; all logits of every pass, twice (of the thought, and of the mixture, whose NLLs are made for all passes
+though the loss takes the last m); the next input as a one-hot product with the whole embedding table; the
+graph of all passes kept for one backward. It gives the loss that ours gives for the same thoughts, which the
+bench checks.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ def published_step(model: QuietStarForCausalLM, input_ids: Tensor) -> tuple[Tens
         mixed = _high(base.get_output_embeddings()((1 - w) * at + w * hidden))
         scores = _high(base.get_output_embeddings()(hidden))
         scores[..., model.suppress] = -1e10
+        target = text.roll(-1 - j, dims=1)
+        nlls.append(cross_entropy(mixed.transpose(1, 2), target, reduction="none"))
         if i <= k:
             choice = gumbel_softmax(scores, hard=True).detach()
             log_p = log_softmax(scores / config.reinforce_temperature, dim=-1)
             thoughts.append(choice.argmax(-1))
             log_probabilities.append(log_p.gather(2, thoughts[-1][..., None])[..., 0])
         elif i >= k + 2:
-            target = text.roll(-1 - j, dims=1)
-            nlls.append(cross_entropy(mixed.transpose(1, 2), target, reduction="none"))
             plain = _high(base_logits).roll(-j, dims=1).transpose(1, 2)
             base_nlls.append(cross_entropy(plain, target, reduction="none"))
             choice = one_hot(target, len(table))
-    return _loss(model, (B, T, R), nlls, base_nlls, log_probabilities), _by_text(thoughts, B, R)[:, :-1]
+    return _loss(model, (B, T, R), nlls[-m:], base_nlls, log_probabilities), _by_text(thoughts, B, R)[:, :-1]
 
 
 def _high(logits: Tensor) -> Tensor:

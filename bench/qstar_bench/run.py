@@ -23,8 +23,13 @@ import triton
 from qstar import report
 
 
+class WrongResultError(ValueError):
+    """What is measured does not compute what it should, so that no figure of the run is shown. A ValueError:
+    the command line tells it in one line."""
+
+
 @dataclass
-class OutputArguments:
+class TableArguments:
     """Where the figures of a bench go, beside the table."""
 
     json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
@@ -32,18 +37,38 @@ class OutputArguments:
         default=None,
         metadata={"help": "Add the run to this JSONL file, or its table to this CSV file (by its ending)."},
     )
+
+    def __post_init__(self) -> None:
+        if self.append is not None and Path(self.append).suffix not in (".jsonl", ".csv"):
+            raise ValueError(f"append = {self.append}: must end with .jsonl or .csv")
+        _check_folder("append", self.append)
+
+
+@dataclass
+class OutputArguments(TableArguments):
+    """Where the figures of a bench go, and a trace of what it measures."""
+
     trace: str | None = field(
         default=None,
         metadata={"help": "Write a chrome trace of one call of what is measured, apart from the timing."},
     )
 
     def __post_init__(self) -> None:
-        if self.append is not None and Path(self.append).suffix not in (".jsonl", ".csv"):
-            raise ValueError(f"append = {self.append}: must end with .jsonl or .csv")
-        for name in ("append", "trace"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{name} = {path}: its folder does not exist")  # before hours of measuring
+        super().__post_init__()
+        _check_folder("trace", self.trace)
+
+
+def _check_folder(name: str, path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name} = {path}: its folder does not exist")  # before hours of measuring
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is none, or is not here."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device}: must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = cuda: torch sees no GPU on this machine")
 
 
 def machine(device: str, **more: Any) -> dict[str, Any]:
@@ -84,7 +109,7 @@ def finish(
     arguments: Any,
     where: dict[str, Any],
     rows: list[dict[str, Any]],
-    output: OutputArguments,
+    output: TableArguments,
     **figures: Any,
 ) -> dict[str, Any]:
     """Ends a bench: appends the run where it was asked to, and prints it as the last line of stdout."""

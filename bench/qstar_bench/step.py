@@ -1,8 +1,8 @@
 """`qstar bench step`: what one training step costs, ours beside the ways that a reader would compare it with.
 
 A step is forward, backward and AdamW, on the same model and random text; the ways are told in step_ways.py.
-Before anything is timed, loss and gradients of all ways are compared for the same thoughts, in fp64. Each way
-runs in processes of its own, so that its peak memory is its own; the rounds alternate, so that a slow minute
+Before anything is timed, loss and gradients of all ways are compared for the same thoughts. Each way runs in
+processes of its own, so that its peak memory is its own; the rounds alternate, so that a slow minute
 of the machine hurts all, and a ratio is the median of the rounds' ratios.
 """
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         print("seconds of each phase, one step of each round:")
         print(report.table(phases, digits=2))
         print(report.table([{"figure": name, "value": value} for name, value in figures.items()], digits=2))
-        print(f"all ways agree: loss and gradients within {difference:.1e} in fp64 for the same thoughts")
+        print(f"all ways agree: loss and gradients within {difference:.1e} for the same thoughts")
     finish(
         "step",
         args,

@@ -93,6 +93,9 @@ def flex(
     )
     options = {"score_mod": None if softcap is None else cap, "block_mask": block_mask, "scale": scale}
     if not has_lse:
+        rows, keys, values = (
+            x.detach() for x in (rows, keys, values)
+        )  # else torch refuses them, even under no_grad
         out = attend(rows, keys, values, enable_gqa=True, **options)
         return out.transpose(1, 2).reshape(q.shape), q.new_full(q.shape[:-1], torch.nan, dtype=torch.float32)
     out, aux = attend(rows, keys, values, enable_gqa=True, return_aux=AuxRequest(lse=True), **options)

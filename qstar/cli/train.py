@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from qstar.data import DataArguments, collate, load_rows
 from qstar.demo import TINY_LM
 from qstar.evaluation.held_out import hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
+from qstar.profiling import TraceSteps
 from qstar.trainer import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and the learning rates of its new parts."""
+    """Which model, the learning rates of its new parts, and what is looked at."""
 
     model: str = field(
         default=str(TINY_LM),
@@ -40,6 +42,9 @@ class ModelArguments:
     gradient_norm_steps: int = field(
         default=0,
         metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
+    )
+    trace: str | None = field(
+        default=None, metadata={"help": "Write a chrome trace of the second to fourth step here."}
     )
 
 
@@ -66,6 +71,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConf
 
 def main(argv: list[str]) -> int:
     model_args, data_args, config, args = parse(argv)
+    tracer = TraceSteps(model_args.trace) if model_args.trace is not None else None
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
@@ -85,12 +91,14 @@ def main(argv: list[str]) -> int:
         mixing_learning_rate=model_args.mixing_learning_rate,
         boundary_learning_rate=model_args.boundary_learning_rate,
         gradient_norm_steps=model_args.gradient_norm_steps,
+        callbacks=[tracer] if tracer is not None else [],
     )
     batch = args.per_device_eval_batch_size
     start = held_out(model, held_out_rows, batch, progress="held out, before")
     hard = hardest(start)
     try:
-        result = trainer.train(resume_from_checkpoint=resume)
+        with tracer or nullcontext():
+            result = trainer.train(resume_from_checkpoint=resume)
     except NonFiniteError as error:
         good = last_complete_checkpoint(args.output_dir)
         print(f"\nqstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from qstar_bench import gpu
-from qstar_bench.attention import AttentionArguments
-from qstar_bench.gpu import Stage, counts, main, stages
-from qstar_bench.step import StepArguments
+from qstar_bench.attention_plan import AttentionArguments
+from qstar_bench.generate import GenerateArguments
+from qstar_bench.gpu import Stage, counts, stages
+from qstar_bench.run import OutputArguments
+from qstar_bench.step_ways import StepArguments
 
+from qstar.cli.main import main
 from qstar.cli.options import parse_options
+
+ARGUMENTS = {"attention": AttentionArguments, "generate": GenerateArguments, "step": StepArguments}
 
 
 def test_a_rehearsal_runs_every_stage_and_writes_one_file_and_its_tables(tmp_path, capsys):
     output = tmp_path / "results" / "gpu.json"
-    assert main(["--rehearse", "--output", str(output)]) == 0
+    assert main(["bench", "gpu", "--rehearse", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     written, last = json.loads(output.read_text()), json.loads(printed.splitlines()[-1])
     assert written == last
-    assert [stage["stage"] for stage in written["stages"]] == ["tests", "attention T 9", "step"]
+    assert [row["stage"] for row in written["rows"]] == ["tests", "attention T 9", "step", "generate"]
     assert all(stage["failed"] is None for stage in written["stages"])
-    assert written["tests"]["failed"] == 0
+    benches = [stage["result"]["bench"] for stage in written["stages"][1:]]
+    assert benches == ["attention", "step", "generate"]
+    assert written["tests"]["failed"] == 0 and written["passed"]
     assert written["tests"]["skipped"] + written["tests"]["passed"] > 100
     assert written["machine"]["torch"] == torch.__version__
-    for figure in ("matmul TFLOP/s", "fwd_bwd_vs_causal", "peak GiB", "skipped"):
+    for figure in ("fwd_bwd_vs_causal", "memory MiB", "peak GiB", "speedup_vs_sequential", "skipped"):
         assert figure in printed
 
 
@@ -35,28 +43,48 @@ def test_a_stage_that_fails_or_runs_out_of_time_is_reported_and_the_others_run(t
         Stage("slow", ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(30)"], 1),
         Stage("step", ["json.tool", "--help"], 60),
     ]
-    monkeypatch.setattr(gpu, "stages", lambda rehearse, junit: broken)
-    monkeypatch.setattr(gpu, "summary", lambda found: [])
-    assert main(["--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
+    monkeypatch.setattr(gpu, "stages", lambda rehearse, folder: broken)
+    assert main(["bench", "gpu", "--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "bench nothing: must be one of" in found["stages"][0]["failed"]
     assert found["stages"][1]["failed"] == "not done in 1 s"
     assert found["stages"][2]["failed"] is None
+    assert not found["passed"]
     assert "slow failed: not done in 1 s" in capsys.readouterr().out
 
 
-def test_on_a_gpu_the_stages_take_at_most_ten_minutes_and_their_options_are_understood(tmp_path):
-    chosen = stages(rehearse=False, junit=tmp_path / "x.xml")
+def test_a_stage_without_time_ends_with_all_that_it_started(tmp_path):
+    """They would go on using the GPU beside the next stage."""
+    alive = tmp_path / "alive"
+    code = (
+        f"import time, pathlib; [(time.sleep(0.1), pathlib.Path({str(alive)!r}).touch()) for _ in range(99)]"
+    )
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    assert Stage("slow", ["timeit", "-n", "1", "-r", "1", start], 2).run()["failed"] == "not done in 2 s"
+    assert alive.exists()
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
+
+
+def test_a_last_line_that_is_cut_is_no_document():
+    assert gpu._last_document('{"rows": [') is None
+    assert gpu._last_document("") is None
+    assert gpu._last_document('table\n{"rows": []}\n') == {"rows": []}
+
+
+def test_on_a_gpu_the_stages_take_at_most_ten_minutes_and_their_options_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = stages(rehearse=False, folder=tmp_path)
     assert sum(stage.seconds for stage in chosen) <= 600
-    for stage in chosen:
-        if "attention" in stage.command:
-            args = stage.command[stage.command.index("attention") + 1 :]
-            (parsed,) = parse_options(AttentionArguments, args, prog="")
-            assert parsed.device == "cuda"
-        elif "step" in stage.command:
-            args = stage.command[stage.command.index("step") + 1 :]
-            (parsed,) = parse_options(StepArguments, args, prog="")
-            assert parsed.autocast == "bfloat16"
+    benches = set()
+    for stage in chosen[1:]:
+        module, bench, name, *argv = stage.command
+        assert (module, bench) == ("qstar.cli.main", "bench")
+        parsed, _ = parse_options((ARGUMENTS[name], OutputArguments), argv, prog="")
+        assert parsed.device == "cuda"
+        benches.add(name)
+    assert benches == set(ARGUMENTS)
 
 
 def test_the_counts_come_from_the_report_of_the_tests(tmp_path):
@@ -70,8 +98,8 @@ def test_the_counts_come_from_the_report_of_the_tests(tmp_path):
     assert counts(tmp_path / "none.xml")["passed"] == 0
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="device = cuda: torch sees no GPU"):
-        main([])
+    assert main(["bench", "gpu"]) == 1
+    assert capsys.readouterr().err == "qstar bench: device = cuda: torch sees no GPU on this machine\n"

@@ -90,6 +90,23 @@ def test_train_from_yaml_writes_checkpoint_curves_and_figures(capsys, base, text
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_train_writes_a_trace_of_its_second_to_fourth_step(capsys, base, text, tmp_path):
+    options = SIZES | RUN | {"max_steps": 5, "save_strategy": "no", "trace": tmp_path / "trace.json"}
+    argv = ["train", "--model", base, "--text", text, "--output_dir", tmp_path / "out"]
+    code, out, _ = call(capsys, *argv, *flags(**options))
+    assert (code, json.loads(out.splitlines()[-1])["steps"]) == (0, 5)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    assert [x for x in names if x.startswith("ProfilerStep")] == [f"ProfilerStep#{i}" for i in (1, 2, 3)]
+    assert all(names.count(name) == 3 for name in ("qstar.prefix", "qstar.rollout", "qstar.blocks"))
+    assert names.count("qstar.loss") >= 3
+    code, _, err = call(capsys, *argv, *flags(**(options | {"max_steps": 1})))
+    assert code == 1 and "trace.json: needs a run of at least 2 steps" in err.splitlines()[-1]
+    code, _, err = call(capsys, *argv, *flags(**(options | {"trace": "/nowhere/trace.json"})))
+    said = "qstar train: trace = /nowhere/trace.json: its folder does not exist"
+    assert (code, err.splitlines()[-1]) == (1, said)
+
+
 def test_config_may_be_joined_by_an_equals_sign(capsys, base, text, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("thought_length: -3\n")

@@ -1,5 +1,6 @@
 """The Trainer: who learns how fast, what is logged, when it stops, and that it goes on where it stopped."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qstar import QuietStarForCausalLM, checkpoint
 from qstar.data import collate
+from qstar.profiling import TraceSteps
 from qstar.trainer import NonFiniteError, QuietStarTrainer, _StopBeforeNonFinite, last_complete_checkpoint
 
 ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(10))} for i in range(8)]
@@ -144,6 +146,15 @@ class AtStep(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
             self.action(model)
+
+
+def test_a_traced_run_that_stops_early_writes_what_there_is_and_leaves_no_profiler_on(tmp_path):
+    path = tmp_path / "trace.json"
+    with pytest.raises(NonFiniteError), TraceSteps(str(path)) as tracer:
+        trainer(tmp_path, callbacks=[tracer, AtStep(2, infinite_policy)], max_steps=6).train()
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert names.count("qstar.blocks") >= 1
+    assert not torch.autograd._profiler_enabled()
 
 
 def infinite_policy(model):
