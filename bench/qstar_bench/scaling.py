@@ -23,7 +23,7 @@ from qstar.cli.options import parse_options
 from qstar.profiling import traced
 from qstar_bench import plots
 from qstar_bench.memory import peak_bytes
-from qstar_bench.run import OutputArguments, finish, machine
+from qstar_bench.run import OutputArguments, WrongResultError, finish, machine
 from qstar_bench.timing import timed
 
 # fp32 sums in another order, over some thousand terms: a wrong thought or a block left out is far above it
@@ -166,10 +166,12 @@ def one_step(model: QuietStarForCausalLM, text: Tensor) -> tuple[Tensor, int]:
 
 
 def check(point: Point, found: Tensor, expected: Tensor) -> None:
-    """Raises ValueError when the chunked step has another loss than the one of all blocks at once."""
+    """Raises WrongResultError when the chunked step has another loss than the one of all blocks at once."""
     error = float((found - expected).abs() / expected.abs().clamp(min=1))
     if not error <= LOSS_TOLERANCE:
-        raise ValueError(f"{point}: the loss in chunks is {found}, all at once {expected}: {error:.1e} off")
+        raise WrongResultError(
+            f"{point}: the loss in chunks is {found}, all at once {expected}: {error:.1e} off"
+        )
 
 
 def measure(

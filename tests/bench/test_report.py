@@ -86,7 +86,9 @@ def test_named_ratios_are_on_top_and_a_range_over_the_cases(tmp_path):
     cases = [{"T": 64, "fwd_bwd_vs_causal": 1.25}, {"T": 256, "fwd_bwd_vs_causal": 0.75}, {"x_vs_y": None}]
     page = report(tmp_path, attention(cases=cases), a_run("generate", speedup_vs_recompute=20.6))
     summary = page[: page.index("<section")]
-    assert '<td>fwd_<wbr>bwd_<wbr>vs_<wbr>causal</td><td class="number">0.75 to 1.25 (2 cases)</td>' in summary
+    assert (
+        '<td>fwd_<wbr>bwd_<wbr>vs_<wbr>causal</td><td class="number">0.75 to 1.25 (2 cases)</td>' in summary
+    )
     assert '<td>speedup_<wbr>vs_<wbr>recompute</td><td class="number">20.6</td>' in summary
     assert 'href="#run-2"' in summary and '<section id="run-2">' in page
     assert "x_<wbr>vs_<wbr>y" not in summary

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from qstar_bench import scaling
+from qstar_bench.run import WrongResultError
 from qstar_bench.scaling import PRESETS, ScalingArguments, check, chosen, main, points
 
 
@@ -37,7 +38,7 @@ def test_a_chunked_step_of_another_loss_is_never_timed(monkeypatch):
 
     monkeypatch.setattr(scaling, "one_step", wrong)
     monkeypatch.setattr(scaling, "timed", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(ValueError, match="the loss in chunks is"):
+    with pytest.raises(WrongResultError, match="the loss in chunks is"):
         main(["--preset", "smoke", "--json"])
 
 
