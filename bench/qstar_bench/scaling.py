@@ -67,7 +67,7 @@ PRESETS = {
         lengths=(1, 7, 13, 25),
         thoughts=(1, 2, 4, 8),
         shares=(0.125, 0.25, 0.5, 1.0),
-        block_chunk=16,
+        block_chunk=176,
         rounds=3,
     ),
     "smoke": Preset(
@@ -78,7 +78,7 @@ PRESETS = {
         lengths=(1, 4),
         thoughts=(1, 4),
         shares=(0.25, 1.0),
-        block_chunk=8,
+        block_chunk=32,
         rounds=1,
     ),
 }
@@ -91,7 +91,7 @@ class ScalingArguments:
     preset: str = field(default="cpu", metadata={"help": f"One of {', '.join(PRESETS)}."})
     block_chunk: int | None = field(
         default=None,
-        metadata={"help": "Blocks of a row at once, of the chunked step; default: the preset's."},
+        metadata={"help": "Slots of a row at once, of the chunked step; default: the preset's."},
     )
     rounds: int | None = field(
         default=None, metadata={"help": "Alternating rounds after the warm-up; default: the preset's."}
@@ -112,8 +112,8 @@ def chosen(args: ScalingArguments) -> tuple[Preset, int, int]:
     if rounds < 1:
         raise ValueError(f"rounds = {rounds}: must be at least 1")
     chunk = preset.block_chunk if args.block_chunk is None else args.block_chunk
-    if chunk < max(preset.thoughts):
-        raise ValueError(f"block_chunk = {chunk}: must be at least {max(preset.thoughts)}, the largest R")
+    for point in points(preset):
+        configs(point, chunk)  # raises for a chunk that is too small
     return preset, chunk, rounds
 
 
@@ -154,7 +154,7 @@ def configs(point: Point, chunk: int) -> dict[str, QuietStarConfig]:
         thinking_fraction=point.share,
         policy_weight=1.0,
     )
-    return {TOGETHER: together, f"chunks of {chunk}": replace(together, block_chunk=chunk)}
+    return {TOGETHER: together, f"chunks of {chunk} slots": replace(together, block_chunk=chunk)}
 
 
 def one_step(model: QuietStarForCausalLM, text: Tensor) -> tuple[Tensor, int]:

@@ -48,7 +48,7 @@ class StepArguments:
     thought_length: int = field(default=9, metadata={"help": "k; the authors' n_ahead is k + 3."})
     talk_length: int = field(default=4, metadata={"help": "m."})
     num_thoughts: int = field(default=2, metadata={"help": "R."})
-    block_chunk: int | None = field(default=None, metadata={"help": "Thoughts of a text computed at once."})
+    block_chunk: int | None = field(default=None, metadata={"help": "Slots computed at once."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     way: list[str] = field(
         default_factory=lambda: ["ours", "plain"], metadata={"help": f"Of {', '.join(WAYS)}."}

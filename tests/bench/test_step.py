@@ -124,7 +124,7 @@ def test_nested_phases_count_once_and_the_rest_is_other():
         (["--model", "nothing"], "model = nothing: must be a folder with a config.json, or one of tiny"),
         (["--tokens", "4"], "tokens = 4: must exceed talk_length = 4"),
         (["--rounds", "0"], "rounds = 0: must be at least 1"),
-        (["--block_chunk", "1"], "block_chunk = 1: must be at least num_thoughts = 2"),
+        (["--block_chunk", "1"], "block_chunk = 1: must be at least 28, the slots of one position"),
         (
             ["--thought_length", "0", "--way", "published"],
             "thought_length = 0: the published way needs at least 1",
