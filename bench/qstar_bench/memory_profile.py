@@ -1,0 +1,102 @@
+"""`qstar memory profile`: a real training step's memory, by phase, beside what the plan said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from qstar import QuietStarConfig, report
+from qstar.cli.options import parse_options
+from qstar.demo import TINY_LM
+from qstar.profiling import traced
+from qstar_bench import memory_setup
+from qstar_bench.memory import Measured, memory_snapshot
+from qstar_bench.memory_plan import Plan, plan
+from qstar_bench.memory_setup import EMBEDDED, SHAPES, StepArguments
+from qstar_bench.run import OutputArguments, finish, machine
+
+MIB = 2**20
+
+
+@dataclass
+class ProfileArguments:
+    """What is written besides."""
+
+    snapshot: str | None = field(
+        default=None,
+        metadata={
+            "help": "On a GPU: write this .pickle for https://pytorch.org/memory_viz; also when memory runs out."
+        },
+    )
+
+
+def measure(
+    args: StepArguments, thinking: QuietStarConfig, snapshot: str | None = None, trace: str | None = None
+) -> Measured:
+    """One step of a model with random weights, or with those of a folder that has them."""
+    assert args.device is not None and args.precision is not None
+    config = memory_setup.model_config(args.model)
+    memory_setup.check_sizes(args, thinking, config)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = memory_setup.build(args, thinking, config, _weights(args.model)).to(args.device)
+        optimiser = memory_setup.ready(model)
+        ids = memory_setup.text(args, config, args.device)
+    there = tree_leaves(
+        [list(model.parameters()), list(model.buffers()), [s for s in optimiser.state.values()], ids]
+    )
+    there += [p.grad for p in model.parameters() if p.grad is not None]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in there}
+    with memory_snapshot(snapshot, args.device, before=sum(storages.values())) as found:
+        memory_setup.step(model, optimiser, ids, args.precision)
+    if trace is not None:
+        with traced(trace):
+            memory_setup.step(model, optimiser, ids, args.precision)
+    return found
+
+
+def _weights(name: str) -> Path | None:
+    """A folder's, if it has any."""
+    if name in SHAPES:
+        return None
+    folder = TINY_LM if name == EMBEDDED else Path(name)
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def beside(planned: Plan, measured: Measured) -> list[dict[str, Any]]:
+    """A row for each phase, and one for the step's peak; MiB."""
+    rows = []
+    for phase, categories in planned.phases.items():
+        rows.append(
+            _row(phase, sum(categories.values()), measured.phases.get(phase, 0), measured.resident.get(phase))
+        )
+    resident = max(measured.resident.values(), default=None)
+    return [*rows, _row("peak", planned.peak_bytes, measured.peak_bytes, resident)]
+
+
+def _row(phase: str, planned: int, measured: int, resident: int | None) -> dict[str, Any]:
+    row = {
+        "phase": phase,
+        "plan MiB": planned / MIB,
+        "measured MiB": measured / MIB,
+        "plan / measured": planned / measured if measured else None,
+    }
+    return row if resident is None else row | {"resident MiB": resident / MIB}
+
+
+def main(argv: list[str]) -> int:
+    types = (StepArguments, QuietStarConfig, ProfileArguments, OutputArguments)
+    args, thinking, profile, output = parse_options(types, argv, prog="qstar memory profile")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': torch sees no GPU on this machine")
+    planned = plan(args, thinking)
+    measured = measure(args, thinking, profile.snapshot, output.trace)
+    rows = beside(planned, measured)
+    if not output.json:
+        print(report.table(rows, digits=2))
+    finish("memory profile", args, machine(args.device), rows, output)
+    return 0
