@@ -1,7 +1,7 @@
 """Memory that is really held: the peak of a call, and that of a step by its named phases.
 
-Both come from the log of torch's allocators (kineto's profile_memory), which sees every allocation and release,
-inside operators and custom ones too, on a CPU and on a GPU.
+Both come from the log of torch's allocators (kineto's profile_memory), which sees every allocation and
+release, inside operators and custom ones too, on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -46,8 +47,10 @@ def _cpu_peak_bytes(run: Callable[[], object]) -> int:
 def _held(log: profile, device: str) -> list[tuple[int, int]]:
     """(nanoseconds, bytes held then beside what was there before) after each allocation or release."""
     kind = torch.device(device).type.upper()
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    found, held = [], 0
+    recorded: Any = log.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in recorded.events() if event.name() == "[memory]"]
+    found: list[tuple[int, int]] = []
+    held = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.device_type().name == kind:
             held += event.nbytes()
@@ -57,10 +60,12 @@ def _held(log: profile, device: str) -> list[tuple[int, int]]:
 
 @dataclass
 class Measured:
-    """What `memory_snapshot` found, filled in when it ends. before: bytes of tensors given to it as being there
-    already (on a GPU what the allocator held); phases: the most bytes of tensors in each of the named ranges, the
-    outermost counting, what lies between two belonging to the former; resident: the same of the process's resident
-    memory on a CPU, and on a GPU {}; allocator: the GPU allocator's own peaks, allocated and reserved."""
+    """What `memory_snapshot` found, filled in when it ends.
+
+    before: bytes of tensors that were there already; phases: the most bytes of tensors in each named range,
+    of nested ones the outermost, what runs between two belonging to the former; resident: the same of the
+    process's resident memory, on a CPU; allocator: a GPU allocator's own peaks, "allocated" and "reserved".
+    """
 
     before: int = 0
     phases: dict[str, int] = field(default_factory=dict)
@@ -80,9 +85,9 @@ def memory_snapshot(
     (https://pytorch.org/memory_viz), at the end, and when something inside runs out of memory.
 
     path: of the snapshot (.pickle), None: none; device: "cpu" or "cuda", default: cuda where there is a GPU;
-    before: bytes of tensors that are there already, on a CPU, where torch keeps no count. The named ranges are
-    those whose name begins with "qstar.". Raises ValueError for a path on a CPU, whose allocator has no snapshots,
-    or in no folder.
+    before: bytes of tensors that are there already, on a CPU, where torch keeps no count. The named ranges
+    are those whose name begins with "qstar.". Raises ValueError for a path on a CPU, whose allocator has no
+    snapshots, or in no folder.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if path is not None:
@@ -130,8 +135,7 @@ def _outermost(log: profile) -> list[tuple[int, str]]:
 
 
 def _highest(points: list[tuple[int, int]], begun: list[tuple[int, str]]) -> dict[str, int]:
-    """The largest value of each phase, from (nanoseconds, value) in order; a phase begins with the value that the
-    one before it left."""
+    """The largest value of each phase, from (nanoseconds, value) in order."""
     found: dict[str, int] = {}
     ends = [*(start for start, _ in begun[1:]), sys.maxsize]
     for (start, name), end in zip(begun, ends):
@@ -142,11 +146,16 @@ def _highest(points: list[tuple[int, int]], begun: list[tuple[int, str]]) -> dic
 
 @contextmanager
 def _resident_memory(samples: list[tuple[int, int]]) -> Iterator[None]:
-    """Adds (nanoseconds, bytes) of this process every SAMPLE_SECONDS, by a thread: what lives shorter may be missed."""
+    """Adds (nanoseconds, bytes) of this process every SAMPLE_SECONDS, by a thread: what lives shorter may be
+    missed. Needs /proc, so Linux; elsewhere the samples stay empty."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        yield
+        return
     over, page = threading.Event(), os.sysconf("SC_PAGE_SIZE")
 
     def sample() -> None:
-        with open("/proc/self/statm") as file:
+        with status.open() as file:
             while not over.wait(SAMPLE_SECONDS):
                 file.seek(0)
                 samples.append((time.time_ns(), int(file.read().split()[1]) * page))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-COMMANDS = {"plan": "qstar_bench.memory_plan_cli", "profile": "qstar_bench.memory_profile"}
+COMMANDS = {"plan": "qstar_bench.memory_plan", "profile": "qstar_bench.memory_profile"}
 
 
 def main(argv: list[str]) -> int:

@@ -1,163 +1,138 @@
-"""What a training step needs, found without its weights and without a GPU: a plan, by category and by phase."""
+"""`qstar memory plan`: what a training step needs, what fits on a card, and a picture of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from qstar_kernels import workspace
-from qstar_kernels.triton_tiles import CHIPS
-from transformers import PreTrainedConfig
 
-from qstar import QuietStarConfig
-from qstar.phases import BLOCKS, ROLLOUT
-from qstar_bench import memory_setup
+from qstar import QuietStarConfig, report
+from qstar.cli.options import parse_options
+from qstar_bench.memory_fit import USABLE, fits
+from qstar_bench.memory_planner import CATEGORIES, CHIP, Plan, Timeline, plan
 from qstar_bench.memory_setup import StepArguments
-from qstar_bench.memory_tracker import (
-    BACKWARD,
-    OPTIMISER,
-    STEP_PHASES,
-    Log,
-    Operator,
-    Storage,
-    Tracker,
-)
+from qstar_bench.memory_tracker import STEP_PHASES
+from qstar_bench.run import OutputArguments, finish, machine
 
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimiser",
-    "activations",
-    "K/V",
-    "logits",
-    "thought blocks",
-    "temporary",
-)
-PLANNED_CHUNKS = 3  # of block_chunk: those after them hold the same again
-CHIP = CHIPS["sm_90"]  # whose tiles --device cuda plans
+MOMENTS = 2000  # that are drawn: the highest of each stretch of events
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """bytes [events, categories] after each event; phase [events]: an index into STEP_PHASES."""
+@dataclass
+class PlanArguments:
+    """What is asked of a plan."""
 
-    bytes: np.ndarray
-    phase: np.ndarray
+    gpus: int = field(
+        default=1, metadata={"help": "GPUs that share the step by FSDP2; the figures are of one."}
+    )
+    card_gb: float | None = field(
+        default=None,
+        metadata={"help": "GiB of a card: also find what fits on it. Takes a few minutes for 7B."},
+    )
+    plot: str | None = field(default=None, metadata={"help": "Draw memory over the step as this PNG."})
 
-    @property
-    def total(self) -> np.ndarray:
-        return self.bytes.sum(1)
-
-    def peak(self, phase: str | None = None) -> dict[str, int]:
-        """Bytes by category at the highest moment, of a phase or of all."""
-        inside = np.ones(len(self.phase), bool) if phase is None else self.phase == STEP_PHASES.index(phase)
-        if not inside.any():
-            return dict.fromkeys(CATEGORIES, 0)
-        at = np.flatnonzero(inside)[self.total[inside].argmax()]
-        return {name: int(n) for name, n in zip(CATEGORIES, self.bytes[at])}
-
-    def phase_of_peak(self) -> str:
-        return STEP_PHASES[self.phase[self.total.argmax()]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """peak: bytes by category at the highest moment; phases: the same, at the highest moment of each."""
-
-    timeline: Timeline
-    parameters: int
-    chunks: tuple[int, int] | None  # planned, of how many
-
-    @property
-    def peak(self) -> dict[str, int]:
-        return self.timeline.peak()
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.peak.values())
-
-    @property
-    def phases(self) -> dict[str, dict[str, int]]:
-        return {phase: self.timeline.peak(phase) for phase in STEP_PHASES}
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"gpus = {self.gpus}: must be at least 1")
+        if self.card_gb is not None and self.card_gb <= 0:
+            raise ValueError(f"card_gb = {self.card_gb}: must be positive")
+        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
+            raise ValueError(f"plot = {self.plot}: its folder does not exist")
 
 
-def plan(args: StepArguments, thinking: QuietStarConfig, layers: int | None = None, gpus: int = 1) -> Plan:
-    """The plan of one GPU's (or the CPU's) memory. layers: instead of the config's own."""
-    config = memory_setup.model_config(args.model, layers)
-    memory_setup.check_sizes(args, thinking, config)
-    thinking, chunks = _few_chunks(args, thinking)
-    tracker = Tracker(0.5 if thinking.num_thoughts > 1 else 1.0, _operators(args.device), args.round_to)
-    with tracker:
-        model = memory_setup.build(args, replace(thinking, suppressed_tokens=[config.vocab_size - 1]), config)
-        for tensor in (*model.parameters(), *model.buffers()):
-            tracker.see(tensor, "parameters")
-        optimiser = memory_setup.ready(model)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                tracker.see(parameter.grad, "gradients")
-        for state in optimiser.state.values():
-            for tensor in state.values():
-                tracker.see(tensor, "optimiser")
-        tracker.head_shape = tuple(model.get_output_embeddings().weight.shape)  # type: ignore[assignment]
-        ids = memory_setup.text(args, config, "cpu")
-        began = tracker.log.events
-        memory_setup.step(model, optimiser, ids, args.precision)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Plan(_timeline(tracker.log, began), parameters, chunks)
+def rows_of(found: Plan) -> list[dict[str, Any]]:
+    """The highest moment of each phase, and of all: total and categories, in GiB, or MiB for small ones."""
+    unit, size = ("GiB", 2**30) if found.peak_bytes > 4 * 2**30 else ("MiB", 2**20)
+    moments = found.phases | {f"peak (in {found.timeline.phase_of_peak()})": found.peak}
+    return [
+        {"highest moment": name, f"total {unit}": sum(moment.values()) / size}
+        | {category: nbytes / size for category, nbytes in moment.items()}
+        for name, moment in moments.items()
+    ]
 
 
-def _few_chunks(
-    args: StepArguments, thinking: QuietStarConfig
-) -> tuple[QuietStarConfig, tuple[int, int] | None]:
-    """With block chunks: think at as many positions as PLANNED_CHUNKS hold."""
-    if thinking.block_chunk is None:
-        return thinking, None
-    each = thinking.block_chunk // thinking.num_thoughts
-    positions = max(1, int((args.tokens - 1) * thinking.thinking_fraction))
-    chunks = -(-positions // each)
-    if chunks <= PLANNED_CHUNKS:
-        return thinking, (chunks, chunks)
-    fraction = PLANNED_CHUNKS * each / (args.tokens - 1)
-    kind = "random" if thinking.thinking_positions == "all" else thinking.thinking_positions
-    fewer = replace(thinking, thinking_positions=kind, thinking_fraction=fraction)
-    return fewer, (PLANNED_CHUNKS, chunks)
+def save_plot(timeline: Timeline, title: str, path: str) -> None:
+    """Memory over the events of the step, stacked by category, with its phases marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stretches = np.array_split(np.arange(len(timeline.phase)), min(MOMENTS, len(timeline.phase)))
+    shown = np.array([stretch[timeline.total[stretch].argmax()] for stretch in stretches])
+    figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    axis.stackplot(shown, timeline.bytes[shown].T / 2**30, labels=CATEGORIES, linewidth=0)
+    begun = [0, *(np.flatnonzero(np.diff(timeline.phase)) + 1)]
+    top = timeline.total.max() / 2**30
+    heights = 1.03, 1.09  # by turns, as some phases are short
+    for i, event in enumerate(begun):
+        axis.axvline(event, color="black", linewidth=0.5)
+        if len(begun) <= 2 * len(STEP_PHASES):  # with many chunks their names would cover one another
+            name = STEP_PHASES[timeline.phase[event]].removeprefix("qstar.")
+            axis.text(event, heights[i % 2] * top, f" {name}", fontsize=8)
+    axis.set(
+        xlabel="allocations and releases",
+        ylabel="GiB",
+        xlim=(0, shown[-1]),
+        ylim=(0, 1.15 * top),
+        title=title,
+    )
+    axis.legend(loc="lower right", fontsize=8, reverse=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
-def _operators(device: str | None) -> dict[Any, Operator]:
-    """Fake tensors are always on the CPU, so the CPU's operators are called; on a GPU Triton's would be."""
-    forward: Any = workspace.cpu_forward
-    backward: Any = workspace.cpu_backward
-    if device == "cuda":
-        forward = partial(workspace.triton_forward, chip=CHIP)
-        backward = partial(workspace.triton_backward, chip=CHIP)
-    names = ("k", "v", "k_prefix", "v_prefix")
-    return {
-        torch.ops.qstar.thought_attention_cpu.default: Operator(forward, names, keeps=device == "cuda"),
-        torch.ops.qstar.thought_attention_cpu_backward.default: Operator(backward),
+def describe(args: StepArguments, thinking: QuietStarConfig, asked: PlanArguments, found: Plan) -> str:
+    where = f"one of {asked.gpus} GPUs under FSDP2" if asked.gpus > 1 else args.device
+    kernels = (
+        f"Triton's kernels with the tiles of {CHIP.name}"
+        if args.device == "cuda"
+        else "this machine's kernels"
+    )
+    chunks = ""
+    if found.chunks is not None and found.chunks[0] < found.chunks[1]:
+        chunks = f"; {found.chunks[0]} of {found.chunks[1]} chunks planned, the others hold the same again"
+    return (
+        f"{args.model}, {found.parameters / 1e6:,.1f}M parameters with the thoughts' own, {args.strategy}, "
+        f"{args.precision}, on {where}: T {args.tokens}, batch {args.batch}, k {thinking.thought_length}, "
+        f"m {thinking.talk_length}, R {thinking.num_thoughts}\n"
+        f"A plan, not a measurement: {kernels}{chunks}."
+    )
+
+
+def main(argv: list[str]) -> int:
+    types = (StepArguments, QuietStarConfig, PlanArguments, OutputArguments)
+    args, thinking, asked, output = parse_options(types, argv, prog="qstar memory plan")
+    if output.trace is not None:
+        raise ValueError(f"trace = {output.trace}: must be left out, a plan runs nothing")
+    if asked.gpus > 1 and args.device == "cpu":
+        raise ValueError(f"gpus = {asked.gpus}: must be 1 with device = 'cpu'")
+    found = plan(args, thinking, gpus=asked.gpus)
+    rows = rows_of(found)
+    if not output.json:
+        print(describe(args, thinking, asked, found))
+        print(report.table(rows, digits=2))
+    figures: dict[str, Any] = {
+        "thinking": asdict(thinking),
+        "gpus": asked.gpus,
+        "parameters": found.parameters,
+        "peak_bytes": found.peak_bytes,
+        "peak_phase": found.timeline.phase_of_peak(),
+        "phases": found.phases,
     }
-
-
-def _category(storage: Storage, log: Log) -> str:
-    """What was made for a moment is temporary; what outlives the named range it was made in is kept for later."""
-    if storage.category is not None:
-        return "parameters" if storage.category == "casts" else storage.category
-    number, name = storage.range
-    if name in (BACKWARD, OPTIMISER) or (storage.died or log.events) <= log.range_ends.get(number, -1):
-        return "temporary"
-    return "thought blocks" if name in (ROLLOUT, BLOCKS) else "activations"
-
-
-def _timeline(log: Log, began: int) -> Timeline:
-    changes = np.zeros((log.events + 1, len(CATEGORIES)), np.int64)
-    for storage in log.storages:
-        column = CATEGORIES.index(_category(storage, log))
-        changes[storage.born, column] += storage.nbytes
-        if storage.died is not None:
-            changes[storage.died, column] -= storage.nbytes
-    phase = np.zeros(log.events + 1, np.int64)
-    for event, name in log.phases:
-        phase[event:] = STEP_PHASES.index(name)
-    return Timeline(changes.cumsum(0)[began:-1], phase[began:-1])
+    if asked.card_gb is not None:
+        figures["fits"] = fits(args, thinking, asked.gpus, asked.card_gb, quiet=output.json)
+        if not output.json:
+            print(f"\nThe most that fits into {USABLE:.0%} of {asked.card_gb:g} GiB, each alone:")
+            print(report.table(figures["fits"], digits=2))
+    if asked.plot is not None:
+        save_plot(
+            found.timeline,
+            f"{args.model}, {args.strategy}, {args.precision}: planned memory of a step",
+            asked.plot,
+        )
+        if not output.json:
+            print(f"plot: {asked.plot}")
+    finish("memory plan", args, machine("cpu"), rows, output, **figures)
+    return 0

@@ -15,7 +15,7 @@ from qstar.demo import TINY_LM
 from qstar.profiling import traced
 from qstar_bench import memory_setup
 from qstar_bench.memory import Measured, memory_snapshot
-from qstar_bench.memory_plan import Plan, plan
+from qstar_bench.memory_planner import Plan, plan
 from qstar_bench.memory_setup import EMBEDDED, SHAPES, StepArguments
 from qstar_bench.run import OutputArguments, finish, machine
 
@@ -29,7 +29,7 @@ class ProfileArguments:
     snapshot: str | None = field(
         default=None,
         metadata={
-            "help": "On a GPU: write this .pickle for https://pytorch.org/memory_viz; also when memory runs out."
+            "help": "On a GPU: write this .pickle for pytorch.org/memory_viz, also when memory runs out."
         },
     )
 

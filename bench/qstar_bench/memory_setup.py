@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
@@ -189,16 +190,30 @@ def build(
     else:
         base = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
     if args.strategy == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
-
-        adapters = LoraConfig(r=args.lora_rank, target_modules="all-linear")
-        base = inject_adapter_in_model(adapters, base)  # type: ignore[assignment, arg-type]
+        _adapt(base, args.lora_rank, dtype)
     model = QuietStarForCausalLM.from_base(base, thinking).train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every version we support
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     # at w = 0 the rewards are rounding errors, and how many thoughts gain is chance
     torch.nn.init.normal_(model.mixing.layers[-1].weight, std=0.01)  # type: ignore[arg-type]
     return model
+
+
+def _adapt(base: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
+    """Random adapters on every linear layer but the head, in place; all else is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base_weights = set(base.parameters())
+    with _disable_current_modes():  # peft moves what it made by Module.to, which fake tensors refuse
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), base)
+    device = base.get_input_embeddings().weight.device
+    for module in list(base.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in base_weights:
+                made = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                setattr(module, name, torch.nn.init.normal_(made, std=0.02))
 
 
 def ready(model: QuietStarForCausalLM) -> AdamW:
@@ -216,7 +231,7 @@ def text(args: StepArguments, config: PreTrainedConfig, device: str) -> Tensor:
     return torch.randint(0, config.vocab_size - 1, (args.batch, args.tokens), device=device)
 
 
-def step(model: QuietStarForCausalLM, optimiser: Optimizer, ids: Tensor, precision: str) -> None:
+def step(model: QuietStarForCausalLM, optimiser: Optimizer, ids: Tensor, precision: str | None) -> None:
     """Forward, backward and update, in named ranges."""
     with _quiet(), torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = model(ids).loss

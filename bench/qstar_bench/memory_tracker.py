@@ -1,9 +1,9 @@
 """A training step without its numbers: what it allocates, when, and what for.
 
-`Tracker` is a TorchDispatchMode under which floating tensors begin as fake ones (torch's FakeTensorMode: shapes
-and dtypes, no memory), and so does all that is computed from them, while integer and bool tensors are real, because
-the step's shapes depend on them: which positions think, which targets count. A mask that comes out of fake numbers (`advantage > 0`) is a real one with
-a given share of True. Every storage, fake or real, is written down at its birth and at its death.
+`Tracker` is a TorchDispatchMode under which new floating tensors are fake (torch's FakeTensorMode: shapes and
+dtypes, no memory), and so is all that is computed from them, while integer and bool tensors are real, because the step's shapes depend on them: which positions think, which targets count. A mask that comes out of
+fake numbers (`advantage > 0`) is a real one with a given share of True. Every storage, fake or real, is
+written down at its birth and at its death.
 
 torch's own MemTracker has neither these phases and categories nor a timeline, and cannot run this step: of
 plain fake tensors `mask.any()` and `x[mask]` have no value.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -31,6 +32,7 @@ BACKWARD, OPTIMISER = "qstar.backward", "qstar.optimiser"
 STEP_PHASES = (*PHASES, BACKWARD, OPTIMISER)
 _ENTER = torch.ops.profiler._record_function_enter_new.default
 _EXIT = torch.ops.profiler._record_function_exit._RecordFunction
+_COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")
 _BY_MASK = {
     aten.index.Tensor,
     aten.index_put.default,
@@ -42,9 +44,12 @@ _BY_MASK = {
 
 @dataclass(frozen=True)
 class Operator:
-    """What the shapes of an operator's results do not say. workspace: those of its arguments that it names ->
-    bytes held besides the results while it runs; keys_values: its arguments that are K/V; keeps: whether its results
-    stay for backward with its first operand."""
+    """What the shapes of an operator's results do not say.
+
+    workspace: of those of its arguments that this function names, by their names -> bytes held besides the
+    results while it runs; keys_values: its arguments that are K/V; keeps: whether its backward reads its
+    results too, so that they stay as long as its first operand.
+    """
 
     workspace: Callable[..., int]
     keys_values: tuple[str, ...] = ()
@@ -53,13 +58,12 @@ class Operator:
 
 @dataclass
 class Storage:
-    """One allocation. born and died count events (died None: there at the end); phase: the outermost named
-    range it was made in; range: the number and name of the innermost one; category: None for what only lives as
-    long as it is needed (see memory_plan)."""
+    """One allocation. born and died count events (died None: there at the end); range: the number and name of
+    the innermost named range it was made in, number 0 between two; category: None where only its lifetime
+    tells (see memory_planner.py)."""
 
     nbytes: int
     born: int
-    phase: str
     range: tuple[int, str]
     category: str | None = None
     died: int | None = None
@@ -67,8 +71,8 @@ class Storage:
 
 @dataclass
 class Log:
-    """Every allocation of a step; (event, name) at which each phase began, in order; and the event at which each
-    named range, by its number, ended."""
+    """Every allocation of a step; (event, name) at which each phase began, in order; and the event at which
+    each named range, by its number, ended."""
 
     storages: list[Storage] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
@@ -77,28 +81,31 @@ class Log:
 
 
 class Tracker(TorchDispatchMode):
-    """See above. positive_share: share of True in masks made from fake numbers; operators: what is known of
-    operators beyond their results; round_to: every allocation is a multiple of so many bytes.
+    """See above. one_in: of so many elements of a mask made from fake numbers one is True; operators: what is
+    known of operators beyond their results; round_to: every allocation is a multiple of so many bytes.
 
-    head_shape, set once it is known, is that of the head's weight [V, D]: floating tensors [..., V] are logits,
-    and [V, D] that are no parameter sums of its gradient.
+    head_shape, set once it is known, is that of the head's weight [V, D]: floating tensors [..., V] are
+    logits, and [V, D] that are no parameters sums of its gradient.
     """
 
-    def __init__(
-        self, positive_share: float, operators: dict[Any, Operator] | None = None, round_to: int = 1
-    ) -> None:
+    def __init__(self, one_in: int, operators: dict[Any, Operator] | None = None, round_to: int = 1) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.log = Log()
         self.head_shape: tuple[int, int] | None = None
-        self._positive_share, self._operators, self._round_to = positive_share, operators or {}, round_to
+        self._one_in, self._operators, self._round_to = one_in, operators or {}, round_to
         self._alive: dict[int, Storage] = {}
+        self._gathered: dict[int, weakref.ref] = {}  # weights that FSDP gathered: it empties and refills them
         self._ranges: list[tuple[int, str]] = []  # number 0: a range of somebody else's
         self._numbers = itertools.count(1)
         self._phase = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with what this rank holds of it
         kwargs = kwargs or {}
+        if func.namespace in _COLLECTIVES or func in (_ENTER, _EXIT):
+            self._measure_again()
         if func is _ENTER:
             self._enter(args[0])
         elif func is _EXIT:
@@ -138,10 +145,10 @@ class Tracker(TorchDispatchMode):
     def _real_if_integer(self, x: FakeTensor) -> Tensor:
         if x.dtype.is_floating_point:
             return x
-        if x.dtype != torch.bool:
-            return torch.zeros(x.shape, dtype=x.dtype)
-        counted = (torch.arange(x.numel() + 1, dtype=torch.float64) * self._positive_share).floor()
-        return (counted[1:] > counted[:-1]).view(x.shape)
+        made = torch.zeros(x.shape, dtype=x.dtype)
+        if x.dtype == torch.bool:
+            made.view(-1)[self._one_in - 1 :: self._one_in] = True
+        return made
 
     # -- what is written down
 
@@ -167,7 +174,7 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         known = self._alive.get(key)
         if known is None:
-            nbytes = -(-storage.nbytes() // self._round_to) * self._round_to
+            nbytes = self._rounded(storage.nbytes())
             if not nbytes:
                 return None
             known = self._born(nbytes)
@@ -179,27 +186,48 @@ class Tracker(TorchDispatchMode):
 
     def _born(self, nbytes: int) -> Storage:
         inside = next((r for r in reversed(self._ranges) if r[0]), (0, self._phase))
-        born = Storage(nbytes, self.log.events, self._phase, inside)
+        born = Storage(nbytes, self.log.events, inside)
         self.log.storages.append(born)
         self.log.events += 1
         return born
 
     def _gone(self, key: int) -> None:
-        self._alive.pop(key).died = self.log.events
+        self._gathered.pop(key, None)
+        self._dies(self._alive.pop(key))
+
+    def _dies(self, storage: Storage) -> None:
+        storage.died = self.log.events
         self.log.events += 1
+
+    def _measure_again(self) -> None:
+        """Of gathered weights, whose storages are resized in place: an allocation each time."""
+        for key, reference in self._gathered.items():
+            known, storage = self._alive[key], reference()
+            nbytes = self._rounded(storage.nbytes())  # type: ignore[union-attr]
+            if nbytes != known.nbytes:
+                self._dies(known)
+                self._alive[key] = self._born(nbytes)
+                self._alive[key].category = "parameters"
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self._round_to) * self._round_to
 
     def _note(self, func, args, kwargs, result) -> None:
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self.see(x, self._category(func, args, x))
+        if func is torch.ops.fsdp.split_with_sizes_copy.default:
+            for x in kwargs["out"]:
+                self.see(x, "parameters")
+                self._gathered[x.untyped_storage()._cdata] = weakref.ref(x.untyped_storage())
         operator = self._operators.get(func)
         if operator is None:
             return
         named = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
         asked = inspect.signature(operator.workspace).parameters
         held = self._born(operator.workspace(**{name: named[name] for name in asked if name in named}))
-        held.category, held.died = "temporary", self.log.events
-        self.log.events += 1
+        held.category = "temporary"
+        self._dies(held)
         for name in operator.keys_values:
             self.see(named[name], "K/V")
         if operator.keeps and args[0].untyped_storage().nbytes():

@@ -1,8 +1,8 @@
-"""Bytes that the operators hold besides their results while they run: what a memory plan cannot see from outside.
+"""Bytes that the operators hold besides their results while they run, which cannot be seen from outside.
 
-Pure functions of shapes and dtypes, from the operands of the operators in cpu_attention.py and
-triton_attention.py (real, fake or meta tensors). Upper bounds where the operator looks at the ranges: a tile may
-see all T prefix keys. Legend as in cpu.py.
+Pure functions of the shapes and dtypes of the operators' operands (real, fake or meta tensors), by the rooms
+of cpu.py, the panels of cpu_native.py and the buffers of triton_attention.py and triton_decode.py. A tile is
+taken to see all T prefix keys. Legend as in cpu.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from attention_cases import Case, problem
 from qstar_bench.memory import peak_bytes
 from qstar_kernels import cpu_native, workspace
 from qstar_kernels.cpu_attention import _backward_op, _forward_op
-from qstar_kernels.triton_tiles import CHIPS
 
 CASES = [
     Case(B=1, N=63, T=64, Lq=14, Hq=9, Hkv=3, D=64),

@@ -1,0 +1,162 @@
+"""A plan of a training step's memory, made without weights, is what the step then holds."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from qstar_bench.memory_fit import estimate, largest
+from qstar_bench.memory_planner import CATEGORIES, plan
+from qstar_bench.memory_profile import measure
+from qstar_bench.memory_setup import SHAPES, StepArguments, model_config
+from qstar_bench.memory_tracker import STEP_PHASES
+
+from qstar import QuietStarConfig
+from qstar.cli.main import main
+
+SMALL = StepArguments(tokens=24)
+THINKING = QuietStarConfig(thought_length=3, talk_length=2)
+OPTIONS = ["--tokens", "24", "--thought_length", "3", "--talk_length", "2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "thinking"),
+    [
+        (StepArguments(tokens=64), replace(THINKING, thought_length=5)),
+        (replace(SMALL, batch=2), replace(THINKING, num_thoughts=3, block_chunk=12)),
+        (
+            replace(SMALL, gradient_checkpointing=True, precision="bf16-mixed"),
+            replace(THINKING, num_thoughts=1, thinking_positions="random", thinking_fraction=0.5),
+        ),
+    ],
+    ids=["plain", "batch and chunks", "checkpointing and autocast"],
+)
+def test_the_plan_is_within_15_percent_of_what_the_step_holds_and_each_phase_within_25(args, thinking):
+    planned, measured = plan(args, thinking), measure(args, thinking)
+    assert abs(planned.peak_bytes / measured.peak_bytes - 1) < 0.15
+    assert list(measured.phases) and set(measured.phases) == set(STEP_PHASES)
+    for phase, categories in planned.phases.items():
+        assert abs(sum(categories.values()) / measured.phases[phase] - 1) < 0.25, phase
+    # most of the memory is weights and their like: what the step adds to them must agree as well
+    fixed = sum(planned.peak[x] for x in ("parameters", "optimiser")) + planned.parameters * 4
+    assert abs((planned.peak_bytes - fixed) / (measured.peak_bytes - fixed) - 1) < 0.25
+
+
+def test_weights_gradients_and_optimiser_are_counted_exactly():
+    moment = plan(SMALL, THINKING).phases["qstar.optimiser"]
+    count = plan(SMALL, THINKING).parameters
+    steps = moment["optimiser"] - 2 * 4 * count
+    assert moment["gradients"] == 4 * count and 0 < steps < 4 * 100  # one number for each parameter tensor
+    assert 4 * count <= moment["parameters"] < 4 * count + 1000  # rotary frequencies
+
+
+def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
+    thinking = replace(THINKING, block_chunk=8)
+    few = plan(SMALL, thinking)
+    assert few.chunks == (3, 6)
+    monkeypatch.setattr("qstar_bench.memory_planner.PLANNED_CHUNKS", 6)
+    every = plan(SMALL, thinking)
+    assert every.chunks == (6, 6)
+    assert abs(few.peak_bytes / every.peak_bytes - 1) < 0.02
+
+
+def test_chunks_and_adapters_take_less():
+    usual = plan(SMALL, THINKING)
+    chunked = plan(SMALL, replace(THINKING, block_chunk=8))
+    assert sum(chunked.phases["qstar.blocks"].values()) < sum(usual.phases["qstar.blocks"].values())
+    pytest.importorskip("peft")
+    adapted = plan(replace(SMALL, strategy="lora", lora_rank=2), THINKING)
+    assert adapted.peak["optimiser"] < 0.2 * usual.peak["optimiser"]
+
+
+def test_fsdp_shares_weights_gradients_and_optimiser():
+    # heads and width of the embedded model divide by 4
+    one, four = (plan(replace(SMALL, device="cuda"), THINKING, gpus=gpus) for gpus in (1, 4))
+    for category in ("parameters", "gradients", "optimiser"):
+        share = four.phases["qstar.optimiser"][category] / one.phases["qstar.optimiser"][category]
+        assert 0.25 <= share < 0.3, category
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_estimate_from_few_layers_is_the_plan_of_many():
+    args = replace(SMALL, model="smollm2-135m")
+    config = model_config("smollm2-135m")
+    assert config.num_hidden_layers == 30
+    found = plan(args, replace(THINKING, thought_length=1))
+    assert abs(estimate(args, replace(THINKING, thought_length=1)) / found.peak_bytes - 1) < 0.02
+
+
+@pytest.mark.parametrize("room", [0, 12, 16, 100, 1000, 5000])
+@pytest.mark.parametrize(("values", "begin"), [(range(1, 1025), 8), (range(5, 9000, 16), 256), (range(257), 9)])
+def test_the_largest_that_fits_is_found_in_few_steps(room, values, begin):
+    asked = []
+
+    def peak(n):
+        asked.append(n)
+        return 3 * n + 10 + max(0, n - 500)  # two straight lines
+
+    fitting = [n for n in values if peak(n) <= room]
+    asked.clear()
+    assert largest(peak, room, values, begin) == (max(fitting) if fitting else None)
+    assert len(asked) <= 6
+
+
+def test_the_command_prints_a_table_draws_a_plot_and_says_what_fits(tmp_path, capsys):
+    plot = tmp_path / "plan.png"
+    assert main(["memory", "plan", *OPTIONS, "--card_gb", "0.05", "--plot", str(plot)]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert "A plan, not a measurement" in out and "qstar.backward" in out and plot.stat().st_size > 10_000
+    assert document["bench"] == "memory plan" and set(document["phases"]) == set(STEP_PHASES)
+    assert document["peak_bytes"] == sum(document["phases"][document["peak_phase"]].values())
+    assert set(document["phases"]["qstar.loss"]) == set(CATEGORIES)
+    by_option = {row["option"]: row for row in document["fits"]}
+    assert by_option["block_chunk"]["largest"] == "none needed"
+    room = 0.05 * 0.95
+    assert by_option["tokens"]["planned GiB"] <= room
+    more = replace(SMALL, tokens=by_option["tokens"]["largest"] + 16)
+    assert plan(more, THINKING).peak_bytes > room * 2**30
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "mistral-8b"], "model = 'mistral-8b': must be embedded, mistral-7b"),
+        (["--gpus", "0"], "gpus = 0: must be at least 1"),
+        (["--gpus", "2"], "gpus = 2: must be 1 with device = 'cpu'"),
+        (["--tokens", "1"], "tokens = 1: must be at least 2"),
+        (["--tokens", "4", "--talk_length", "4"], "tokens = 4: must be more than talk_length = 4"),
+        (["--tokens", "600"], "tokens = 600: .* exceed the model's context of 512"),
+        (["--batch", "0"], "batch = 0: must be at least 1"),
+        (["--strategy", "qlora"], "strategy = 'qlora': must be one of full, lora"),
+        (["--precision", "fp16"], "precision = 'fp16': must be one of fp32, bf16-mixed, bf16"),
+        (["--device", "tpu"], "device = 'tpu': must be cpu or cuda"),
+        (["--card_gb", "0"], r"card_gb = 0\.0: must be positive"),
+        (["--plot", "/nowhere/plan.png"], "plot = .*: its folder does not exist"),
+        (["--trace", "trace.json"], r"trace = trace\.json: must be left out"),
+        (["--attention", "flash"], "attention = 'flash': must be auto, cpu, triton or reference for a plan"),
+        (["--block_chunk", "1"], "block_chunk = 1: must be at least num_thoughts"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_cannot_be_planned_is_said_in_one_line(options, reason, capsys):
+    assert main(["memory", "plan", *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(error)
+
+
+def test_there_is_a_plan_and_a_profile_and_nothing_else(capsys):
+    for given in (["memory"], ["memory", "guess"]):
+        assert main(given) == 1
+        assert "must be one of plan, profile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_named_shape_can_be_planned(name):
+    args = replace(SMALL, model=name, device=None, precision=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = plan(args, replace(THINKING, thought_length=1), layers=1)
+    assert found.peak["parameters"] >= 4 * found.parameters
