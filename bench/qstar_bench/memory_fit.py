@@ -6,11 +6,10 @@ estimate, by which the answer is searched. The answer itself is planned in full.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from qstar import QuietStarConfig
 from qstar_bench import memory_setup
@@ -20,6 +19,7 @@ from qstar_bench.memory_setup import StepArguments
 USABLE = 0.95  # of a card: an assumption; the rest is CUDA's context, cuBLAS's workspace and fragmentation
 FEW_LAYERS = (1, 2)
 TOKENS = 16_384  # the most that are tried
+OPTIONS = ("block_chunk", "tokens", "batch", "thought_length", "num_thoughts")
 
 
 def estimate(args: StepArguments, thinking: QuietStarConfig, gpus: int = 1) -> float:
@@ -57,49 +57,46 @@ def largest(peak: Callable[[int], float], room: float, values: range, begin: int
     return None if fits < 0 else values[fits]
 
 
-def fits(
-    args: StepArguments, thinking: QuietStarConfig, gpus: int, card_gib: float, quiet: bool = False
-) -> list[dict[str, Any]]:
-    """A row for each of the block chunk, T, batch, k and R: the largest value that fits with the others as
-    given, what was estimated for it, and what its full plan says, in GiB."""
+def fit(
+    name: str, args: StepArguments, thinking: QuietStarConfig, gpus: int, card_gib: float
+) -> dict[str, Any]:
+    """{"option", "given", "largest" that fits with the others as given, and, if any does, "estimated GiB" and
+    "planned GiB" (in full) of it, "note"}; name: one of OPTIONS."""
     room = card_gib * 2**30 * USABLE
     context = getattr(memory_setup.model_config(args.model), "max_position_embeddings", None)
-    blocks = (args.tokens - 1) * thinking.num_thoughts
+    longest = min(TOKENS, (context or TOKENS) + 1 - thinking.slots)
+    blocks, R = (args.tokens - 1) * thinking.num_thoughts, thinking.num_thoughts
     values = {
-        "block_chunk": range(thinking.num_thoughts, blocks + 1, thinking.num_thoughts),
-        "tokens": range(thinking.talk_length + 1, min(TOKENS, (context or TOKENS) - thinking.slots) + 1, 16),
+        "block_chunk": range(R, blocks + 1, R),
+        "tokens": range(-(-(thinking.talk_length + 1) // 16) * 16, longest + 1, 16),
         "batch": range(1, 1025),
         "thought_length": range(257),
         "num_thoughts": range(1, min(64, thinking.block_chunk or 64) + 1),
+    }[name]
+    of_step = name in ("tokens", "batch")
+    given = getattr(args if of_step else thinking, name)
+
+    def changed(value: int) -> tuple[StepArguments, QuietStarConfig]:
+        option: dict[str, Any] = {name: value if (name, value) != ("block_chunk", blocks) else None}
+        return (replace(args, **option), thinking) if of_step else (args, replace(thinking, **option))
+
+    @functools.cache
+    def peak(value: int) -> float:
+        changed_args, changed_thinking = changed(value)
+        return estimate(changed_args, changed_thinking, gpus)
+
+    row: dict[str, Any] = {"option": name, "given": given}
+    if name == "block_chunk" and peak(blocks) <= room:
+        found: int | None = blocks
+    else:
+        found = largest(peak, room, values, 32 * R if given is None else given)
+    if found is None:
+        return row | {"largest": "none fits"}
+    changed_args, changed_thinking = changed(found)
+    none_needed = (name, found) == ("block_chunk", blocks)
+    return row | {
+        "largest": "none needed" if none_needed else found,
+        "estimated GiB": peak(found) / 2**30,
+        "planned GiB": plan(changed_args, changed_thinking, gpus=gpus).peak_bytes / 2**30,
+        "note": "the most that is tried" if found == values[-1] and not none_needed else "",
     }
-    rows = []
-    for name in tqdm(values, desc="what fits", disable=quiet):
-        of_step = name in ("tokens", "batch")
-        given = getattr(args if of_step else thinking, name)
-
-        def changed(value: int, name=name, of_step=of_step) -> tuple[StepArguments, QuietStarConfig]:
-            if name == "block_chunk" and value >= blocks:
-                return args, replace(thinking, block_chunk=None)
-            option: dict[str, Any] = {name: value}
-            return (replace(args, **option), thinking) if of_step else (args, replace(thinking, **option))
-
-        def peak(value: int, changed=changed) -> float:
-            changed_args, changed_thinking = changed(value)
-            return estimate(changed_args, changed_thinking, gpus)
-
-        if name == "block_chunk" and peak(blocks) <= room:
-            found: int | None = blocks
-        else:
-            found = largest(peak, room, values[name], given or 32 * thinking.num_thoughts)
-        row: dict[str, Any] = {"option": name, "given": given}
-        if found is None:
-            row["largest"] = "none fits"
-        else:
-            row["largest"] = "none needed" if (name, found) == ("block_chunk", blocks) else found
-            row["estimated GiB"] = peak(found) / 2**30
-            row["planned GiB"] = plan(*changed(found), gpus=gpus).peak_bytes / 2**30
-            row["note"] = (
-                "the most that is tried" if name != "block_chunk" and found == values[name][-1] else ""
-            )
-        rows.append(row)
-    return rows

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from qstar import QuietStarConfig, report
 from qstar.cli.options import parse_options
-from qstar_bench.memory_fit import USABLE, fits
+from qstar_bench.memory_fit import OPTIONS, USABLE, fit
 from qstar_bench.memory_planner import CATEGORIES, CHIP, Plan, Timeline, plan
 from qstar_bench.memory_setup import StepArguments
 from qstar_bench.memory_tracker import STEP_PHASES
@@ -122,7 +123,10 @@ def main(argv: list[str]) -> int:
         "phases": found.phases,
     }
     if asked.card_gb is not None:
-        figures["fits"] = fits(args, thinking, asked.gpus, asked.card_gb, quiet=output.json)
+        figures["fits"] = [
+            fit(name, args, thinking, asked.gpus, asked.card_gb)
+            for name in tqdm(OPTIONS, desc="what fits", disable=output.json)
+        ]
         if not output.json:
             print(f"\nThe most that fits into {USABLE:.0%} of {asked.card_gb:g} GiB, each alone:")
             print(report.table(figures["fits"], digits=2))

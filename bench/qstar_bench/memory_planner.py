@@ -97,7 +97,7 @@ def plan(args: StepArguments, thinking: QuietStarConfig, layers: int | None = No
     config = memory_setup.model_config(args.model, layers)
     memory_setup.check_sizes(args, thinking, config)
     few, chunks = _few_chunks(args, thinking)
-    few = replace(few, suppressed_tokens=[config.vocab_size - 1], attention=_planned(thinking.attention))
+    few = replace(few, attention=_planned(thinking.attention))
     tracker = Tracker(2 if few.num_thoughts > 1 else 1, _operators(args.device), args.round_to)
     with fake_ranks(gpus), tracker:
         model = memory_setup.build(args, few, config)

@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,9 @@ def build(
         base = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
     if args.strategy == "lora":
         _adapt(base, args.lora_rank, dtype)
-    model = QuietStarForCausalLM.from_base(base, thinking).train()
+    if thinking.suppressed_tokens is None:
+        thinking = replace(thinking, suppressed_tokens=[config.vocab_size - 1])  # which `text` never has
+    model = QuietStarForCausalLM(base, thinking).train()
     if args.gradient_checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is not in every version we support

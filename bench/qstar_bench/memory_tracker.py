@@ -1,9 +1,10 @@
 """A training step without its numbers: what it allocates, when, and what for.
 
 `Tracker` is a TorchDispatchMode under which new floating tensors are fake (torch's FakeTensorMode: shapes and
-dtypes, no memory), and so is all that is computed from them, while integer and bool tensors are real, because the step's shapes depend on them: which positions think, which targets count. A mask that comes out of
-fake numbers (`advantage > 0`) is a real one with a given share of True. Every storage, fake or real, is
-written down at its birth and at its death.
+dtypes, no memory), and so is all that is computed from them, while integer and bool tensors are real: the
+step's shapes depend on them, on which positions think and which targets count. A mask that comes out of fake
+numbers (`advantage > 0`) is a real one with a given share of True. Every storage, fake or real, is written
+down at its birth and at its death.
 
 torch's own MemTracker has neither these phases and categories nor a timeline, and cannot run this step: of
 plain fake tensors `mask.any()` and `x[mask]` have no value.

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qstar_bench.memory_fit import estimate, largest
+from qstar_bench.memory_fit import OPTIONS as OPTIONS_THAT_FIT
+from qstar_bench.memory_fit import USABLE, estimate, fit, largest
 from qstar_bench.memory_planner import CATEGORIES, plan
 from qstar_bench.memory_profile import measure
 from qstar_bench.memory_setup import SHAPES, StepArguments, model_config
@@ -24,7 +25,7 @@ OPTIONS = ["--tokens", "24", "--thought_length", "3", "--talk_length", "2"]
     ("args", "thinking"),
     [
         (StepArguments(tokens=64), replace(THINKING, thought_length=5)),
-        (replace(SMALL, batch=2), replace(THINKING, num_thoughts=3, block_chunk=12)),
+        (replace(SMALL, batch=2, tokens=12), replace(THINKING, num_thoughts=3, block_chunk=12)),
         (
             replace(SMALL, gradient_checkpointing=True, precision="bf16-mixed"),
             replace(THINKING, num_thoughts=1, thinking_positions="random", thinking_fraction=0.5),
@@ -44,15 +45,15 @@ def test_the_plan_is_within_15_percent_of_what_the_step_holds_and_each_phase_wit
 
 
 def test_weights_gradients_and_optimiser_are_counted_exactly():
-    moment = plan(SMALL, THINKING).phases["qstar.optimiser"]
-    count = plan(SMALL, THINKING).parameters
+    found = plan(SMALL, replace(THINKING, thought_length=0))
+    moment, count = found.phases["qstar.optimiser"], found.parameters
     steps = moment["optimiser"] - 2 * 4 * count
     assert moment["gradients"] == 4 * count and 0 < steps < 4 * 100  # one number for each parameter tensor
     assert 4 * count <= moment["parameters"] < 4 * count + 1000  # rotary frequencies
 
 
 def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
-    thinking = replace(THINKING, block_chunk=8)
+    thinking = replace(THINKING, thought_length=1, block_chunk=8)
     few = plan(SMALL, thinking)
     assert few.chunks == (3, 6)
     monkeypatch.setattr("qstar_bench.memory_planner.PLANNED_CHUNKS", 6)
@@ -62,33 +63,37 @@ def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
 
 
 def test_chunks_and_adapters_take_less():
-    usual = plan(SMALL, THINKING)
-    chunked = plan(SMALL, replace(THINKING, block_chunk=8))
+    thinking = replace(THINKING, thought_length=1)
+    usual = plan(SMALL, thinking)
+    chunked = plan(SMALL, replace(thinking, block_chunk=16))
     assert sum(chunked.phases["qstar.blocks"].values()) < sum(usual.phases["qstar.blocks"].values())
     pytest.importorskip("peft")
-    adapted = plan(replace(SMALL, strategy="lora", lora_rank=2), THINKING)
+    adapted = plan(replace(SMALL, strategy="lora", lora_rank=2), thinking)
     assert adapted.peak["optimiser"] < 0.2 * usual.peak["optimiser"]
 
 
 def test_fsdp_shares_weights_gradients_and_optimiser():
     # heads and width of the embedded model divide by 4
-    one, four = (plan(replace(SMALL, device="cuda"), THINKING, gpus=gpus) for gpus in (1, 4))
+    on_gpu, thinking = replace(SMALL, device="cuda"), replace(THINKING, thought_length=0)
+    one, four = (plan(on_gpu, thinking, gpus=gpus) for gpus in (1, 4))
     for category in ("parameters", "gradients", "optimiser"):
         share = four.phases["qstar.optimiser"][category] / one.phases["qstar.optimiser"][category]
         assert 0.25 <= share < 0.3, category
     assert not torch.distributed.is_initialized()
 
 
-def test_the_estimate_from_few_layers_is_the_plan_of_many():
-    args = replace(SMALL, model="smollm2-135m")
-    config = model_config("smollm2-135m")
-    assert config.num_hidden_layers == 30
-    found = plan(args, replace(THINKING, thought_length=1))
-    assert abs(estimate(args, replace(THINKING, thought_length=1)) / found.peak_bytes - 1) < 0.02
+def test_the_estimate_from_few_layers_is_the_plan_of_many(tmp_path):
+    model_config("embedded", layers=6).save_pretrained(tmp_path)
+    args, thinking = replace(SMALL, model=str(tmp_path)), replace(THINKING, thought_length=1)
+    estimated = estimate(args, thinking)
+    assert abs(estimated / plan(args, thinking).peak_bytes - 1) < 0.02
+    assert estimated > 1.5 * plan(args, thinking, layers=2).peak_bytes
 
 
 @pytest.mark.parametrize("room", [0, 12, 16, 100, 1000, 5000])
-@pytest.mark.parametrize(("values", "begin"), [(range(1, 1025), 8), (range(5, 9000, 16), 256), (range(257), 9)])
+@pytest.mark.parametrize(
+    ("values", "begin"), [(range(1, 1025), 8), (range(5, 9000, 16), 256), (range(257), 9)]
+)
 def test_the_largest_that_fits_is_found_in_few_steps(room, values, begin):
     asked = []
 
@@ -102,21 +107,35 @@ def test_the_largest_that_fits_is_found_in_few_steps(room, values, begin):
     assert len(asked) <= 6
 
 
-def test_the_command_prints_a_table_draws_a_plot_and_says_what_fits(tmp_path, capsys):
+def test_the_command_prints_a_table_and_draws_a_plot(tmp_path, capsys):
     plot = tmp_path / "plan.png"
-    assert main(["memory", "plan", *OPTIONS, "--card_gb", "0.05", "--plot", str(plot)]) == 0
+    assert main(["memory", "plan", *OPTIONS, "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert "A plan, not a measurement" in out and "qstar.backward" in out and plot.stat().st_size > 10_000
     assert document["bench"] == "memory plan" and set(document["phases"]) == set(STEP_PHASES)
     assert document["peak_bytes"] == sum(document["phases"][document["peak_phase"]].values())
     assert set(document["phases"]["qstar.loss"]) == set(CATEGORIES)
-    by_option = {row["option"]: row for row in document["fits"]}
-    assert by_option["block_chunk"]["largest"] == "none needed"
-    room = 0.05 * 0.95
-    assert by_option["tokens"]["planned GiB"] <= room
-    more = replace(SMALL, tokens=by_option["tokens"]["largest"] + 16)
-    assert plan(more, THINKING).peak_bytes > room * 2**30
+
+
+def test_what_fits_on_a_card_is_the_largest_that_does():
+    args, thinking = StepArguments(tokens=32), QuietStarConfig(0, 2, 2)
+    blocks = 31 * 2
+    card = plan(args, thinking).peak_bytes / 2**30 / USABLE * 1.01
+    assert fit("block_chunk", args, thinking, 1, card)["largest"] == "none needed"
+    found = fit("tokens", args, thinking, 1, card)
+    assert 32 <= found["largest"] < 64 and found["planned GiB"] <= card * USABLE
+    assert plan(replace(args, tokens=found["largest"] + 16), thinking).peak_bytes > card * USABLE * 2**30
+    chunk = fit("block_chunk", args, thinking, 1, card * 0.95)["largest"]
+    assert chunk % 2 == 0 and 2 <= chunk < blocks
+
+
+def test_on_a_card_that_is_too_small_nothing_fits(capsys):
+    options = ["--tokens", "8", "--thought_length", "0", "--talk_length", "2", "--json", "true"]
+    assert main(["memory", "plan", *options, "--card_gb", "0.01"]) == 0
+    rows = json.loads(capsys.readouterr().out)["fits"]
+    assert [row["option"] for row in rows] == list(OPTIONS_THAT_FIT)
+    assert {row["largest"] for row in rows} == {"none fits"}
 
 
 @pytest.mark.parametrize(
