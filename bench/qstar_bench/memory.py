@@ -109,6 +109,7 @@ def memory_snapshot(
             yield found
     finally:  # out of memory is when a snapshot is wanted most
         if device == "cuda":
+            torch.cuda.synchronize()
             if path is not None:
                 torch.cuda.memory._dump_snapshot(str(path))
                 torch.cuda.memory._record_memory_history(enabled=None)
