@@ -77,6 +77,16 @@ class Measured:
         return max(self.phases.values(), default=self.before)
 
 
+def check_snapshot(path: str | os.PathLike | None, device: str) -> None:
+    """Raises ValueError for a snapshot that `memory_snapshot` could not write."""
+    if path is None:
+        return
+    if device == "cpu":
+        raise ValueError(f"snapshot = {path}: must be left out on a CPU, whose allocator has none")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"snapshot = {path}: its folder does not exist")
+
+
 @contextmanager
 def memory_snapshot(
     path: str | os.PathLike | None = None, device: str | None = None, before: int = 0
@@ -90,11 +100,7 @@ def memory_snapshot(
     snapshots, or in no folder.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if path is not None:
-        if device == "cpu":
-            raise ValueError(f"snapshot = {path}: must be left out on a CPU, whose allocator has none")
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"snapshot = {path}: its folder does not exist")
+    check_snapshot(path, device)
     found = Measured(before=before)
     if device == "cuda":
         torch.cuda.synchronize()

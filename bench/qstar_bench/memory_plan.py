@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from qstar import QuietStarConfig, report
 from qstar.cli.options import parse_options
 from qstar_bench.memory_fit import OPTIONS, USABLE, fit
-from qstar_bench.memory_planner import CATEGORIES, CHIP, Plan, Timeline, plan
+from qstar_bench.memory_planner import CATEGORIES, Plan, Timeline, assumptions, describe, plan
 from qstar_bench.memory_setup import StepArguments
 from qstar_bench.memory_tracker import STEP_PHASES
 from qstar_bench.run import OutputArguments, finish, machine
@@ -84,24 +84,6 @@ def save_plot(timeline: Timeline, title: str, path: str) -> None:
     pyplot.close(figure)
 
 
-def describe(args: StepArguments, thinking: QuietStarConfig, asked: PlanArguments, found: Plan) -> str:
-    where = f"one of {asked.gpus} GPUs under FSDP2" if asked.gpus > 1 else args.device
-    kernels = (
-        f"Triton's kernels with the tiles of {CHIP.name}"
-        if args.device == "cuda"
-        else "this machine's kernels"
-    )
-    chunks = ""
-    if found.chunks is not None and found.chunks[0] < found.chunks[1]:
-        chunks = f"; {found.chunks[0]} of {found.chunks[1]} chunks planned, the others hold the same again"
-    return (
-        f"{args.model}, {found.parameters / 1e6:,.1f}M parameters with the thoughts' own, {args.strategy}, "
-        f"{args.precision}, on {where}: T {args.tokens}, batch {args.batch}, k {thinking.thought_length}, "
-        f"m {thinking.talk_length}, R {thinking.num_thoughts}\n"
-        f"A plan, not a measurement: {kernels}{chunks}."
-    )
-
-
 def main(argv: list[str]) -> int:
     types = (StepArguments, QuietStarConfig, PlanArguments, OutputArguments)
     args, thinking, asked, output = parse_options(types, argv, prog="qstar memory plan")
@@ -112,7 +94,8 @@ def main(argv: list[str]) -> int:
     found = plan(args, thinking, gpus=asked.gpus)
     rows = rows_of(found)
     if not output.json:
-        print(describe(args, thinking, asked, found))
+        print(describe(args, thinking, asked.gpus, found.parameters))
+        print(assumptions(args, found))
         print(report.table(rows, digits=2))
     figures: dict[str, Any] = {
         "thinking": asdict(thinking),

@@ -214,3 +214,25 @@ def _timeline(log: Log, began: int) -> Timeline:
     for event, name in log.phases:
         phase[event:] = STEP_PHASES.index(name)
     return Timeline(changes.cumsum(0)[began:-1], phase[began:-1])
+
+
+def describe(args: StepArguments, thinking: QuietStarConfig, gpus: int, parameters: int) -> str:
+    """The step, in words."""
+    where = f"one of {gpus} GPUs under FSDP2" if gpus > 1 else args.device
+    ways = "gradient checkpointing, " if args.gradient_checkpointing else ""
+    chunk = "all at once" if thinking.block_chunk is None else f"{thinking.block_chunk} at a time"
+    return (
+        f"{args.model}, {parameters / 1e6:,.1f}M parameters with the thoughts' own, {args.strategy}, {ways}"
+        f"{args.precision}, on {where}: T {args.tokens}, batch {args.batch}, k {thinking.thought_length}, "
+        f"m {thinking.talk_length}, R {thinking.num_thoughts}, thoughts {chunk}"
+    )
+
+
+def assumptions(args: StepArguments, found: Plan) -> str:
+    """What the figures of a plan rest on."""
+    gpu = f"Triton's kernels with the tiles of {CHIP.name}, the CPU's choice of all other operators"
+    kernels = gpu if args.device == "cuda" else "this machine's kernels"
+    chunks = ""
+    if found.chunks is not None and found.chunks[0] < found.chunks[1]:
+        chunks = f"; {found.chunks[0]} of {found.chunks[1]} chunks planned, the others hold the same again"
+    return f"A plan, not a measurement: {kernels}{chunks}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from qstar.cli.options import parse_options
 from qstar.demo import TINY_LM
 from qstar.profiling import traced
 from qstar_bench import memory_setup
-from qstar_bench.memory import Measured, memory_snapshot
-from qstar_bench.memory_planner import Plan, plan
+from qstar_bench.memory import Measured, check_snapshot, memory_snapshot
+from qstar_bench.memory_planner import Plan, describe, plan
 from qstar_bench.memory_setup import EMBEDDED, SHAPES, StepArguments
 from qstar_bench.run import OutputArguments, finish, machine
 
@@ -47,7 +47,7 @@ def measure(
         optimiser = memory_setup.ready(model)
         ids = memory_setup.text(args, config, args.device)
     there = tree_leaves(
-        [list(model.parameters()), list(model.buffers()), [s for s in optimiser.state.values()], ids]
+        [list(model.parameters()), list(model.buffers()), list(optimiser.state.values()), ids]
     )
     there += [p.grad for p in model.parameters() if p.grad is not None]
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in there}
@@ -93,10 +93,26 @@ def main(argv: list[str]) -> int:
     args, thinking, profile, output = parse_options(types, argv, prog="qstar memory profile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda': torch sees no GPU on this machine")
+    check_snapshot(profile.snapshot, args.device)
     planned = plan(args, thinking)
-    measured = measure(args, thinking, profile.snapshot, output.trace)
+    try:
+        measured = measure(args, thinking, profile.snapshot, output.trace)
+    except torch.OutOfMemoryError as error:
+        written = "" if profile.snapshot is None else f" (snapshot: {profile.snapshot})"
+        raise ValueError(
+            f"the step, planned at {planned.peak_bytes / MIB:.0f} MiB, ran out of memory{written}: {error}"
+        ) from error
     rows = beside(planned, measured)
     if not output.json:
+        print(describe(args, thinking, 1, planned.parameters))
         print(report.table(rows, digits=2))
-    finish("memory profile", args, machine(args.device), rows, output)
+        for name, nbytes in measured.allocator.items():
+            print(f"the allocator's peak, {name}: {nbytes / MIB:.2f} MiB")
+    figures = {
+        "thinking": asdict(thinking),
+        "planned_peak_bytes": planned.peak_bytes,
+        "measured_peak_bytes": measured.peak_bytes,
+        "allocator": measured.allocator,
+    }
+    finish("memory profile", args, machine(args.device), rows, output, **figures)
     return 0

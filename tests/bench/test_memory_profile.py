@@ -147,6 +147,16 @@ def test_out_of_memory_leaves_a_snapshot_and_is_raised_on(monkeypatch, tmp_path)
     assert gpu.calls[-2:] == ["dump", "stop"] and (tmp_path / "oom.pickle").exists()
 
 
+def test_a_step_that_does_not_fit_is_one_line_with_its_plan_and_its_snapshot(monkeypatch, capsys):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr("qstar_bench.memory_profile.measure", too_much)
+    assert main(["memory", "profile", *OPTIONS]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "ran out of memory: tried to allocate 80 GiB" in error and "planned at" in error
+
+
 def test_only_allocations_of_the_device_count():
     def event(at: int, nbytes: int, device: str):
         kind = types.SimpleNamespace(name=device)
