@@ -7,9 +7,9 @@ release, inside operators and custom ones too, on a CPU and on a GPU.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -143,11 +143,13 @@ def _outermost(log: profile) -> list[tuple[int, str]]:
 
 def _highest(points: list[tuple[int, int]], begun: list[tuple[int, str]]) -> dict[str, int]:
     """The largest value of each phase, from (nanoseconds, value) in order."""
-    found: dict[str, int] = {}
-    ends = [*(start for start, _ in begun[1:]), sys.maxsize]
-    for (start, name), end in zip(begun, ends):
-        inside = [value for at, value in points if start <= at < end]
-        found[name] = max(found.get(name, 0), *inside, 0)
+    found = dict.fromkeys((name for _, name in begun), 0)
+    starts = [start for start, _ in begun]
+    for at, value in points:
+        i = bisect_right(starts, at)
+        if i:
+            name = begun[i - 1][1]
+            found[name] = max(found[name], value)
     return found
 
 
