@@ -7,11 +7,12 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
-    "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
+    "bench": ["pandas>=2.2", "peft>=0.17", "pytest-benchmark>=5", "psutil>=6"],
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
         "pandas>=2.2",
+        "peft>=0.17",
         "psutil>=6",
         "datasets>=4",
         "ruff",
