@@ -8,17 +8,18 @@
 #include <stdint.h>
 #include <string.h>
 
+/* ROWS x 2 sums, two vectors of keys and a broadcast number fill the registers: 32 of AVX-512, else 16 */
 #if defined(__AVX512F__)
-enum { WIDTH = 16 };
+enum { WIDTH = 16, ROWS = 12 };
 #elif defined(__AVX__)
-enum { WIDTH = 8 };
+enum { WIDTH = 8, ROWS = 6 };
 #else
-enum { WIDTH = 4 };
+enum { WIDTH = 4, ROWS = 6 };
 #endif
 typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-/* 6 x 2 sums, two vectors of keys and a broadcast number fill 16 registers */
-enum { ROWS = 6, PANEL = 2 * WIDTH, KEYS = 256, MOST_WIDE = 512, MOST_SLOTS = 1024 };
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+enum { PANEL = 2 * WIDTH, KEYS = 256, MOST_WIDE = 512, MOST_SLOTS = 1024 };
 
 typedef struct {
     int64_t B, N, Lq, Lk, T, H, G, D;
@@ -48,9 +49,9 @@ static inline vec exp2_(vec x)
 
 static inline float sum(vec x)
 {
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++) total += x[i];
-    return total;
+    quad total = *(const quad *)&x; /* by fours: one number after the other would wait for each addition */
+    for (int i = 4; i < WIDTH; i += 4) total += *(const quad *)((const float *)&x + i);
+    return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 static inline float dot(const float *a, const float *b, int64_t D)
@@ -68,32 +69,29 @@ typedef struct {
     float top, total;
 } Softmax;
 
-/* scores [n] become probabilities relative to the new top; gives what the earlier sums are multiplied with */
+/* scores [n] become probabilities relative to the new top; gives what the earlier sums are multiplied with.
+   Up to the next multiple of WIDTH they must be there, and -INFINITY where no key is seen. */
 static inline float take(Softmax *row, float *scores, int64_t n)
 {
     float top = row->top;
-    int64_t j = 0;
     vec tops = all(top);
-    for (; j + WIDTH <= n; j += WIDTH) {
+    for (int64_t j = 0; j < n; j += WIDTH) {
         const vec s = load(scores + j);
         tops = (vec)(((ivec)s & (s > tops)) | ((ivec)tops & ~(s > tops)));
     }
     for (int i = 0; i < WIDTH; i++) top = tops[i] > top ? tops[i] : top;
-    for (; j < n; j++) top = scores[j] > top ? scores[j] : top;
     if (top == -INFINITY) { /* no key yet */
         memset(scores, 0, n * sizeof(float));
         return 1;
     }
     vec totals = {0};
-    for (j = 0; j + WIDTH <= n; j += WIDTH) {
+    for (int64_t j = 0; j < n; j += WIDTH) {
         const vec p = exp2_(load(scores + j) - top);
         *(vec *)(scores + j) = p;
         totals += p;
     }
-    float total = sum(totals);
-    for (; j < n; j++) total += scores[j] = exp2f(scores[j] - top);
     const float decay = exp2f(row->top - top);
-    row->total = row->total * decay + total;
+    row->total = row->total * decay + sum(totals);
     row->top = top;
     return decay;
 }
@@ -167,7 +165,7 @@ static void some_rows(
 {
     const float log2e = 1.44269504f;
     const int64_t D = p->D, rows = p->N * p->Lq * p->G;
-    float queries[MOST_WIDE * ROWS], acc[ROWS * MOST_WIDE], scores[ROWS * KEYS], own[MOST_SLOTS];
+    float queries[MOST_WIDE * ROWS], acc[ROWS * MOST_WIDE], scores[ROWS * KEYS], own[MOST_SLOTS + WIDTH];
     int64_t lower[ROWS], upper[ROWS], low = p->T, high = 0, whole = 0, whole_end = p->T;
     Softmax row[ROWS];
     for (int r = 0; r < ROWS; r++) {
@@ -197,6 +195,7 @@ static void some_rows(
         const float *keys = k + b * p->k_batch + n * p->k_block + h * p->k_head;
         const float *values = v + b * p->v_batch + n * p->v_block + h * p->v_head;
         for (int64_t j = s; j < last; j++) own[j] = capped(dot(scaled, keys + j * p->k_slot, D), p->softcap);
+        for (int i = 0; i < WIDTH; i++) own[last + i] = -INFINITY;
         take(&row[r], own + s, last - s);
         float *sums = acc + r * D;
         memset(sums, 0, D * sizeof(float));

@@ -119,9 +119,9 @@ def thought_attention(
     Raises:
         ValueError, naming the argument, its value and what is allowed.
     """
+    _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
     if prefix_start is None:
         prefix_start = torch.zeros_like(prefix_end)
-    _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
     if k_prefix.shape[1] == 0 and k_prefix.stride() != k_prefix.contiguous().stride():
         k_prefix, v_prefix = k_prefix.contiguous(), v_prefix.contiguous()
     function = IMPLEMENTATIONS[resolve_impl(impl, q.device, q.dtype, q.shape[-1])]
@@ -145,7 +145,7 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
         ("k_prefix", k_prefix, (B, T, H, D)),
         ("v_prefix", v_prefix, (B, T, H, D)),
         ("prefix_end", prefix_end, (B, N)),
-        ("prefix_start", prefix_start, (B, N)),
+        *((("prefix_start", prefix_start, (B, N)),) if prefix_start is not None else ()),
         *((("sinks", sinks, (Hq,)),) if sinks is not None else ()),
     ):
         require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), shape)
@@ -156,16 +156,23 @@ def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, windo
     require(H > 0 and Hq % H == 0, "q.shape[3]", Hq, f"a multiple of the {H} key-value heads")
     require(1 <= Lq <= Lk, "q.shape[2]", Lq, f"in [1, {Lk}], the block's slots")
     for name, x in (("prefix_end", prefix_end), ("prefix_start", prefix_start)):
-        require(x.dtype in (torch.int32, torch.int64), f"{name}.dtype", x.dtype, "int32 or int64")
+        if x is not None:
+            require(x.dtype in (torch.int32, torch.int64), f"{name}.dtype", x.dtype, "int32 or int64")
     require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
     require(window is None or window > 0, "window", window, "positive or None")
     require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
     if q.device.type == "cpu" and prefix_end.numel() and not torch.compiler.is_compiling():
         if detect_fake_mode((q, prefix_end)) is not None:
             return
-        start, end = prefix_start.flatten(), prefix_end.flatten()
-        require(int(end.max()) <= T, "prefix_end", int(end.max()), f"at most {T} prefix keys")
-        require(int(start.min()) >= 0, "prefix_start", int(start.min()), "at least 0")
-        worst = int((end - start).argmin())
-        allowed = f"at least prefix_start = {int(start[worst])}"
-        require(bool(end[worst] >= start[worst]), "prefix_end", int(end[worst]), allowed)
+        least, most = map(int, torch.aminmax(prefix_end))
+        require(most <= T, "prefix_end", most, f"at most {T} prefix keys")
+        if prefix_start is None:
+            require(least >= 0, "prefix_end", least, "at least 0")
+            return
+        first = int(prefix_start.min())
+        require(first >= 0, "prefix_start", first, "at least 0")
+        lengths = (prefix_end - prefix_start).flatten()
+        if int(lengths.min()) < 0:
+            worst = lengths.argmin()
+            start, end = int(prefix_start.flatten()[worst]), int(prefix_end.flatten()[worst])
+            require(False, "prefix_end", end, f"at least prefix_start = {start}")
