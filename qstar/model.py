@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.generation import GenerationMixin
 
 from qstar import checkpoint
-from qstar.attention import BlockPass, TextPass, check_supported, use_thought_attention
+from qstar.attention import BlockPass, TextPass, use_thought_attention
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
 from qstar.cache import SlotCache, TextKeysValues
 from qstar.config import QuietStarConfig
@@ -27,6 +27,7 @@ from qstar.mixing import MixingHead
 from qstar.phases import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
 from qstar.rollout import rollout
 from qstar.step import QuietStarOutput, Thoughts, training_step
+from qstar.supported import check_supported, context_length, logit_scale, text_body
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +154,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def head(self) -> LinearHead:
         """The base model's map from hidden states to logits."""
         layer, c = self.base.get_output_embeddings(), self.base.config
-        scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
         return LinearHead(
             weight=layer.weight,
             bias=getattr(layer, "bias", None),
-            logit_scale=float(scale),
+            logit_scale=logit_scale(c),
             softcap=getattr(c, "final_logit_softcapping", None),
         )
 
@@ -173,7 +173,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"input_ids = {int(wrong[0])}: must be in [0, {rows_of_table})")
         text_pass = TextPass(rows.segment_start)
         with phase(PREFIX):
-            hidden = self.base.base_model(
+            hidden = text_body(self.base)(
                 input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
             ).last_hidden_state
         return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
@@ -184,8 +184,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         # a 4D mask goes through transformers untouched; ours is in the pass, so this one is never looked at
         no_mask = embeddings.new_zeros(1, 1, 1, 1)
         table = self.base.get_input_embeddings().weight
-        return self.base.base_model(
-            inputs_embeds=embeddings.to(table.dtype),
+        return text_body(self.base)(
+            inputs_embeds=embeddings.to(table.dtype).contiguous(),  # ctrl scales it in place
             attention_mask=no_mask,
             position_ids=position_ids,
             use_cache=False,
@@ -338,7 +338,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Raises ValueError, naming `name`, for a text too long with its thoughts for the model's context."""
         slots = (config or self.quiet_star).slots
-        context = getattr(self.base.config, "max_position_embeddings", None)
+        context = context_length(self.base.config)
         if context is not None and tokens - 1 + slots > context:
             raise ValueError(
                 f"{name} has {tokens} tokens: with {slots} slots for a thought and its talk tokens, "
