@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
+    "peft": ["peft>=0.18"],
     "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
     "dev": [
         "pytest>=8",
@@ -14,6 +15,7 @@ EXTRAS = {
         "pandas>=2.2",
         "psutil>=6",
         "datasets>=4",
+        "peft>=0.18",
         "ruff",
         "mypy",
         "pre-commit",

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from qstar import checkpoint
+from qstar import adapters, checkpoint
 from qstar.attention import BlockPass, TextPass, use_thought_attention
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
 from qstar.cache import SlotCache, TextKeysValues
@@ -109,18 +110,34 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         is_main_process: bool = True,
         **kwargs,
     ) -> None:
-        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any
-        moment leaves the previous checkpoint of that folder loadable."""
+        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. Of a base
+        model with an adapter of peft only the adapter; `merge_adapter` first to have the whole. A crash at
+        any moment leaves the previous checkpoint of that folder loadable."""
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *unused, **model_options) -> QuietStarForCausalLM:  # type: ignore[override]
-        """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`."""
+        """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`, of
+        an adapter's checkpoint to that of its base model."""
         config, tensors = checkpoint.read(path)
-        model = cls(AutoModelForCausalLM.from_pretrained(path, **model_options), config)
+        adapted = (Path(path) / adapters.CONFIG).is_file()
+        load = adapters.load if adapted else AutoModelForCausalLM.from_pretrained
+        model = cls(load(path, **model_options), config)
         checkpoint.load_thought_parts(model, tensors, path)
         return model
+
+    def merge_adapter(self) -> QuietStarForCausalLM:
+        """Add the adapter that peft put into the base model to its weights: a stock model again, to be saved
+        whole. Raises ValueError when there is none."""
+        adapters.merge(self.base)
+        return self
+
+    def freeze_base(self) -> QuietStarForCausalLM:
+        """From now on only the mixing head and the boundary embeddings learn. The pass over the text then
+        keeps no graph, and no gradient of a weight of the base model is computed."""
+        self.base.requires_grad_(False)
+        return self
 
     def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
         """This model, from now on with other knobs; the suppressed tokens stay unless the config names its
@@ -154,6 +171,11 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def head(self) -> LinearHead:
         """The base model's map from hidden states to logits."""
         layer, c = self.base.get_output_embeddings(), self.base.config
+        if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
+            raise ValueError(
+                f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "
+                "supported; leave it out of target_modules, or as it is"
+            )
         return LinearHead(
             weight=layer.weight,
             bias=getattr(layer, "bias", None),
@@ -354,10 +376,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.check_length(T)
         if not self.training:
             return
-        dtype = next(self.base.parameters()).dtype
-        if dtype in (torch.bfloat16, torch.float16):
+        low = {p.dtype for p in self.base.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if low:
             warnings.warn(
-                f"the base model's parameters are {dtype}: at small learning rates most of them never "
+                f"the base model's parameters are {low.pop()}: at small learning rates most of them never "
                 "change; load it in float32 and train with bf16 mixed precision",
                 stacklevel=3,
             )
