@@ -26,8 +26,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the developers' suite, kept in .benchmarks and compared with its last run; or with REF=a git commit
+SUITE := --benchmark-storage=.benchmarks --benchmark-autosave --benchmark-compare --benchmark-sort=name \
+	--benchmark-group-by=name --benchmark-columns=median,iqr,rounds
 bench: $(READY)
-	$(BIN)/qstar bench step
+ifdef REF
+	$(BIN)/python bench/suite/against.py $(REF)
+else
+	$(BIN)/python -m pytest -p no:cacheprovider bench/suite $(SUITE)
+endif
 
 # docs/models.md: which causal LMs of the installed transformers can think
 models: $(READY)

@@ -7,15 +7,15 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
-    "peft": ["peft>=0.18"],
-    "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
+    "peft": ["peft>=0.17"],
+    "bench": ["pandas>=2.2", "peft>=0.17", "pytest-benchmark>=5", "psutil>=6"],
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
         "pandas>=2.2",
+        "peft>=0.17",
         "psutil>=6",
         "datasets>=4",
-        "peft>=0.18",
         "ruff",
         "mypy",
         "pre-commit",

@@ -74,8 +74,8 @@ class QuietStarConfig:
     block_chunk: int | None = field(
         default=None,
         metadata={
-            "help": "Thoughts of a row that are computed at once, the others later, and all again in "
-            "backward: the same gradients in bounded memory; default: all."
+            "help": "Slots of thoughts of a row that are computed at once (whole positions, as many as fit), "
+            "the others later, and all again in backward: the same gradients in bounded memory; default: all."
         },
     )
 
@@ -106,7 +106,8 @@ class QuietStarConfig:
         chunk = self.block_chunk
         if chunk is not None:
             require("block_chunk", isinstance(chunk, int) and not isinstance(chunk, bool), "an integer")
-            require("block_chunk", chunk >= self.num_thoughts, f"at least num_thoughts = {self.num_thoughts}")
+            least = self.num_thoughts * self.slots
+            require("block_chunk", chunk >= least, f"at least {least}, the slots of one position's thoughts")
         require("boundary_scale", self.boundary_scale > 0, "positive")
         require("boundary_token", bool(self.boundary_token), "a non-empty text")
 
@@ -114,6 +115,11 @@ class QuietStarConfig:
     def slots(self) -> int:
         """Slots of a block: `<start>`, k thought tokens, `<end>` and the talk tokens that are fed (m - 1)."""
         return self.thought_length + 2 + self.talk_length - 1
+
+    @property
+    def chunk_positions(self) -> int | None:
+        """Thinking positions of a row that are computed at once; None: all."""
+        return None if self.block_chunk is None else self.block_chunk // (self.num_thoughts * self.slots)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)

@@ -167,10 +167,10 @@ def training_step(
             )
     layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
     step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll)
-    if config.block_chunk is None:
+    if config.chunk_positions is None:
         scores = _all_at_once(step, layout, thoughts, generator)
     else:
-        scores = _by_chunks(step, layout, thoughts, generator, config.block_chunk // config.num_thoughts)
+        scores = _by_chunks(step, layout, thoughts, generator, config.chunk_positions)
 
     share: float | Tensor = 1.0
     if num_items_in_batch is not None:

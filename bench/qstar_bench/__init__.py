@@ -1,1 +1,5 @@
-"""The measurements, reached as `qstar bench ...`."""
+"""The measurements, reached as `qstar bench ...` and `qstar memory ...`."""
+
+from qstar_bench.memory import memory_snapshot
+
+__all__ = ["memory_snapshot"]

@@ -9,6 +9,8 @@ MEASUREMENTS = {
     "generate": "qstar_bench.generate",
     "gpu": "qstar_bench.gpu",
     "kernels": "qstar_bench.kernels",
+    "report": "qstar_bench.report",
+    "scaling": "qstar_bench.scaling",
     "step": "qstar_bench.step",
 }
 

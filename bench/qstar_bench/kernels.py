@@ -123,7 +123,7 @@ def rows(gate: Gate) -> tuple[list[dict], list[str]]:
         first = x is compiled[0]
         found.append(
             {
-                "kernel": x.kernel,
+                "kernel": x.kernel + (" (own slots)" if gate.kernel == "own_keys" else ""),
                 "chip": x.chip,
                 "dtype": str(gate.dtype).removeprefix("torch."),
                 "D": gate.D,

@@ -20,7 +20,7 @@ from qstar.profiling import traced
 from qstar_bench.memory import peak_bytes, resident_peak_bytes
 from qstar_bench.published import published_step
 from qstar_bench.run import WrongResultError, check_device
-from qstar_bench.shapes import SHAPES, base_config
+from qstar_bench.shapes import EMBEDDED, SHAPES, base_config, weights_of
 from qstar_bench.timing import PhaseClock, timed
 
 WAYS = ("ours", "dense", "published", "plain")
@@ -41,14 +41,15 @@ class StepArguments:
 
     preset: str | None = field(default=None, metadata={"help": f"One of {', '.join(PRESETS)}."})
     model: str = field(
-        default="authors-19m", metadata={"help": f"Folder of a base model, or a shape: {', '.join(SHAPES)}."}
+        default="authors-19m",
+        metadata={"help": f"Folder of a base model, {EMBEDDED}, or a shape: {', '.join(SHAPES)}."},
     )
     tokens: int = field(default=256, metadata={"help": "T: tokens of a text."})
     batch: int = field(default=1, metadata={"help": "B: texts of a step."})
     thought_length: int = field(default=9, metadata={"help": "k; the authors' n_ahead is k + 3."})
     talk_length: int = field(default=4, metadata={"help": "m."})
     num_thoughts: int = field(default=2, metadata={"help": "R."})
-    block_chunk: int | None = field(default=None, metadata={"help": "Thoughts of a text computed at once."})
+    block_chunk: int | None = field(default=None, metadata={"help": "Slots computed at once."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     way: list[str] = field(
         default_factory=lambda: ["ours", "plain"], metadata={"help": f"Of {', '.join(WAYS)}."}
@@ -103,16 +104,14 @@ def build(
     device = device or args.device
     torch.manual_seed(0)
     with torch.device(device):
-        if small or args.model in SHAPES or device == "meta":
-            shape = base_config(args.model)
-            if small:
-                shape.num_hidden_layers = min(2, shape.num_hidden_layers)
-                shape.vocab_size = min(1024, shape.vocab_size)
-                if getattr(shape, "layer_types", None):
-                    shape.layer_types = shape.layer_types[:2]
+        shape, weights = base_config(args.model), weights_of(args.model)
+        if small:
+            shape = base_config(args.model, layers=min(2, shape.num_hidden_layers))
+            shape.vocab_size = min(1024, shape.vocab_size)
+        if small or weights is None or device == "meta":
             base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         else:
-            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+            base = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
         model = QuietStarForCausalLM.from_base(base, args.config(way)).to(device).train()
         torch.nn.init.normal_(model.mixing.layers[-1].weight, std=0.01)
         text = torch.randint(3, base.config.vocab_size, (args.batch, args.tokens))

@@ -85,6 +85,7 @@ SIZES: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
         "fp32": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         "gfx942": ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
         "mma.sync": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "sm_100": ((64, 64, 8, 2), (64, 128, 8, 2), (64, 32, 8, 2)),
     },
 }
 
@@ -176,7 +177,7 @@ def keys_tile(
     BLOCK_D = next_power_of_2(D)
     BLOCK_M, BLOCK_N, num_warps, num_stages = sizes_of("keys", BLOCK_D, itemsize, chip)
     BLOCK_N = min(BLOCK_N, max(16, next_power_of_2(keys)))
-    if chip.name == "sm_100" and BLOCK_D <= 128 and BLOCK_N <= 64 and itemsize == 2:
+    if chip.name == "sm_100" and BLOCK_D == 128 and BLOCK_N <= 64 and itemsize == 2:
         BLOCK_M = 64
     programs = max(1, ceil_div(keys, BLOCK_N) * heads)
     wanted = ceil_div(2 * chip.processors, programs)

@@ -13,6 +13,7 @@ COMMANDS = {
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
     "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
+    "memory": ("qstar_bench.memory_cli", "what a training step needs: a plan without a GPU, or measured"),
 }
 
 

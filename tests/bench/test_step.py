@@ -121,10 +121,13 @@ def test_nested_phases_count_once_and_the_rest_is_other():
         (["--preset", "x"], "preset = x: must be one of authors-cpu"),
         (["--way", "theirs"], "way = theirs: must be one of ours, dense, published, plain"),
         (["--dtype", "int8"], "dtype = int8: must be one of float32"),
-        (["--model", "nothing"], "model = nothing: must be a folder with a config.json, or one of tiny"),
+        (
+            ["--model", "nothing"],
+            "model = nothing: must be a folder with a config.json, or one of embedded, tiny",
+        ),
         (["--tokens", "4"], "tokens = 4: must exceed talk_length = 4"),
         (["--rounds", "0"], "rounds = 0: must be at least 1"),
-        (["--block_chunk", "1"], "block_chunk = 1: must be at least num_thoughts = 2"),
+        (["--block_chunk", "1"], "block_chunk = 1: must be at least 28, the slots of one position"),
         (
             ["--thought_length", "0", "--way", "published"],
             "thought_length = 0: the published way needs at least 1",

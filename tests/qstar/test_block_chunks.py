@@ -49,8 +49,9 @@ UNLABELLED = {"labels": torch.tensor([[-100] * 8 + [5, 6, 7, 8], [5, -100] * 6])
 def test_loss_metrics_and_every_gradient_are_those_of_all_blocks_at_once(kind, options, batch, positions):
     model = thinking_model(kind, mix=0.3, policy_weight=10.0, **options).double().train()
     ids = tokens(2, 12)
+    slots = model.quiet_star.num_thoughts * model.quiet_star.slots
     expected, expected_gradients = step(model, None, ids, **batch)
-    found, gradients = step(model, positions * model.quiet_star.num_thoughts, ids, **batch)
+    found, gradients = step(model, positions * slots, ids, **batch)
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=1e-6, atol=1e-9)
@@ -70,7 +71,7 @@ def test_the_thoughts_of_a_seed_do_not_depend_on_the_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "read_thoughts", lambda *a: kept.append(a[5]) or read(*a))
         with torch.no_grad():
-            for chunk in (None, 2, 10):
+            for chunk in (None, 12, 65):
                 kept.append("|")
                 model.quiet_star = QuietStarConfig(**{**vars(model.quiet_star), "block_chunk": chunk})
                 model(tokens(2, 9), generator=torch.Generator().manual_seed(5))
@@ -98,12 +99,17 @@ def test_peak_memory_grows_with_thoughts_only_when_all_are_computed_at_once():
     few = {"thought_length": 2, "talk_length": 2, "num_thoughts": 2}
     many = {"thought_length": 8, "talk_length": 2, "num_thoughts": 4}
     assert peak(None, **many) > 2.5 * peak(None, **few)
-    assert peak(4, **many) < peak(None, **few)
+    assert peak(80, **many) < peak(None, **few)
 
 
 @pytest.mark.parametrize(
     ("chunk", "allowed"),
-    [(1, "at least num_thoughts = 2"), (0, "at least"), (2.5, "an integer"), (True, "an integer")],
+    [
+        (27, "at least 28, the slots of one position"),
+        (0, "at least"),
+        (2.5, "an integer"),
+        (True, "an integer"),
+    ],
 )
 def test_a_chunk_that_splits_the_thoughts_of_a_position_is_refused(chunk, allowed):
     with pytest.raises(ValueError, match=f"block_chunk = {chunk}: must be .*{allowed}"):
@@ -111,7 +117,7 @@ def test_a_chunk_that_splits_the_thoughts_of_a_position_is_refused(chunk, allowe
 
 
 def test_every_phase_of_a_step_is_a_named_range_of_its_trace(tmp_path):
-    model = thinking_model(block_chunk=4).train()
+    model = thinking_model(block_chunk=24).train()
     with traced(str(tmp_path / "trace.json")):
         model(tokens(1, 9)).loss.backward()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
