@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench gpu clean
+.PHONY: setup demo test lint bench models gpu clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ ifdef REF
 else
 	$(BIN)/python -m pytest -p no:cacheprovider bench/suite $(SUITE)
 endif
+
+# docs/models.md: which causal LMs of the installed transformers can think
+models: $(READY)
+	PYTHONPATH=tests/support $(BIN)/python -m all_models docs/models.md
 
 # on the machine's own python where its torch sees a GPU: nothing is installed then
 GPU_JSON ?= gpu.json

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
+    "peft": ["peft>=0.17"],
     "bench": ["pandas>=2.2", "peft>=0.17", "pytest-benchmark>=5", "psutil>=6"],
     "dev": [
         "pytest>=8",

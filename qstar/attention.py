@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qstar.cache import SlotCache, TextKeysValues
+from qstar.supported import check_supported
 
 TEXT_ATTENTION = ("sdpa", "eager")  # what may attend inside the text itself
 _PREFIX = "qstar_over_"
@@ -36,12 +37,16 @@ class TextPass:
 
     def __init__(self, segment: Tensor) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._whole = False  # the pass has ended; a layer that comes again is gradient checkpointing's
         self._segment = segment if bool((segment != segment[:, :1]).any()) else None
         self._masks: list[tuple[Tensor | None, Tensor]] = []  # (the model's mask, the same cut to segments)
 
     def attend(self, own: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **options):
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if not self._whole and layer in self._layers:
+            raise ValueError(f"model: layer {layer} attends more than once in a pass, which is not supported")
         # a layer that is run again by gradient checkpointing must not replace what later passes read
-        self._layers.setdefault(module.layer_idx, (k.transpose(1, 2), v.transpose(1, 2)))  # type: ignore[arg-type]
+        self._layers.setdefault(layer, (k.transpose(1, 2), v.transpose(1, 2)))
         return own(module, q, k, v, self._apart(mask), **options)
 
     def _apart(self, mask: Tensor | None) -> Tensor | None:
@@ -63,6 +68,7 @@ class TextPass:
 
     def keys_values(self, layers: int) -> TextKeysValues:
         """(k, v) [B, T, Hkv, D] of each layer. Raises ValueError when a layer bypassed the interface."""
+        self._whole = True
         if sorted(self._layers) != list(range(layers)):
             raise ValueError(
                 f"model: {len(self._layers)} of {layers} layers attended through transformers' attention "
@@ -96,6 +102,8 @@ class BlockPass:
             )
         if options.get("position_bias") is not None:
             raise ValueError("position_bias: a model with biases inside attention is not supported")
+        if mask is not None and mask.numel() != 1:  # the one we gave has one cell
+            raise ValueError("model: it changes the attention mask by itself, which is not supported")
         N = self.prefix_end.shape[1]
         q, k, v = (x.transpose(1, 2).unflatten(1, (N, -1)) for x in (q, k, v))
         layer: int = module.layer_idx  # type: ignore[assignment]
@@ -107,7 +115,13 @@ class BlockPass:
         autocast = torch.is_autocast_enabled(q.device.type)
         dtype = torch.get_autocast_dtype(q.device.type) if autocast else v.dtype
         q, k, v, k_prefix, v_prefix = (x.to(dtype) for x in (q, k, v, k_prefix, v_prefix))
-        window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+        # a layer that names its window names it truly; a module's own may be unused in this layer
+        window = options.get("sliding_window", getattr(module, "sliding_window", None))
+        scale = options.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        # multi-head latent attention has narrower values than keys; the operator knows one width
+        own_width, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
+        q, k, v, k_prefix, v_prefix = (_widened(x, width) for x in (q, k, v, k_prefix, v_prefix))
         out, _ = thought_attention(
             q,
             k,
@@ -116,13 +130,18 @@ class BlockPass:
             v_prefix,
             self.prefix_end,
             prefix_start=self.prefix_start,
-            scale=options.get("scaling"),
+            scale=scale,
             softcap=options.get("softcap"),
             window=window,
             sinks=options.get("s_aux"),
             impl=self.impl,
         )
-        return out.flatten(1, 2), None
+        return out[..., :own_width].flatten(1, 2), None
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Zeros added to the last dimension: scores and the first columns of the output stay what they are."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _own_attention(name: str, module: nn.Module) -> Callable:
@@ -143,23 +162,6 @@ for _name in TEXT_ATTENTION:
     AttentionInterface.register(_PREFIX + _name, partial(_attention, _name))
     # under the same name, or transformers drops the user's padding mask without a word
     AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model whose positions we cannot keep apart through the attention interface."""
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
-            f"model_type = {kind!r}: its attention does not go through transformers' attention interface; "
-            "supported are for instance llama, mistral, qwen2, qwen3, gemma2, gemma3, gpt2, opt"
-        )
-    types = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv1d)]
-    if types or convolutions:
-        raise ValueError(
-            f"model_type = {kind!r}: it mixes positions outside attention, in "
-            f"{sorted(types) or convolutions[0]}; only full and sliding-window attention layers are supported"
-        )
 
 
 def use_thought_attention(model: PreTrainedModel) -> None:

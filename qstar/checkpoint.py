@@ -1,5 +1,5 @@
-"""Checkpoints: the base model in its stock format, one safetensors and one json for the thought parts beside
-it.
+"""Checkpoints: the base model in its stock format (or its adapter alone, in peft's), one safetensors and one
+json for the thought parts beside it.
 
 A save is written to a folder inside the target, flushed, then made valid by one rename and moved into place.
 A crash before the rename leaves the previous checkpoint; a crash after it is finished by the next load or
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qstar import adapters
 from qstar.config import QuietStarConfig
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def finish_update(folder: str | os.PathLike) -> None:
         for name in sorted(names):
             if (commit / name).exists():
                 os.replace(commit / name, target / name)
-        for stale in _weight_files(target):  # shards of a checkpoint that had more of them
-            if stale.name not in names:
+        # shards of a checkpoint that had more of them; an adapter where the base model is now whole
+        for stale in (*_weight_files(target), target / adapters.CONFIG):
+            if stale.name not in names and stale.is_file():
                 stale.unlink()
         _flush(target)
         manifest.unlink()
@@ -85,11 +87,16 @@ def _flush(path: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.startswith("model") and ".safetensors" in p.name)
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.name == adapters.TENSORS or (p.name.startswith("model") and ".safetensors" in p.name)
+    )
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """sha256 over name, size, first and last MiB of every weight file of the base model in a folder."""
+    """sha256 over name, size, first and last MiB of every weight file of the base model, or of its adapter,
+    in a folder."""
     digest = hashlib.sha256()
     for path in _weight_files(Path(folder)):
         size = path.stat().st_size
@@ -104,13 +111,17 @@ def fingerprint(folder: str | os.PathLike) -> str:
 def save(
     model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dict | None = None, **options
 ) -> None:
-    """Write a whole checkpoint; options go to the base model's save_pretrained."""
+    """Write a whole checkpoint; options go to the base model's save_pretrained. Of a base model with an
+    adapter, the adapter is written and the base model's own weights are not."""
     state = model.state_dict() if state_dict is None else state_dict
     base_state = {name.removeprefix("base."): x for name, x in state.items() if name.startswith("base.")}
     parts = {name: x.contiguous() for name, x in state.items() if name.startswith(_THOUGHT_PARTS)}
     with atomic_update(folder) as staging:
         try:
-            model.base.save_pretrained(staging, state_dict=base_state, **options)
+            if adapters.adapter_name(model.base) is None:
+                model.base.save_pretrained(staging, state_dict=base_state, **options)
+            else:
+                adapters.save(model.base, base_state, staging, Path(folder))
             save_file(parts, staging / TENSORS, metadata={"format": "pt"})
         except SafetensorError as error:  # its writer hides a full disk in an error of its own
             raise OSError(f"{str(folder)!r}: cannot be written: {error}") from error

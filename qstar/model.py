@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from qstar import checkpoint
-from qstar.attention import BlockPass, TextPass, check_supported, use_thought_attention
+from qstar import adapters, checkpoint
+from qstar.attention import BlockPass, TextPass, use_thought_attention
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
 from qstar.cache import SlotCache, TextKeysValues
 from qstar.config import QuietStarConfig
@@ -27,6 +28,7 @@ from qstar.mixing import MixingHead
 from qstar.phases import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
 from qstar.rollout import rollout
 from qstar.step import QuietStarOutput, Thoughts, training_step
+from qstar.supported import check_supported, context_length, logit_scale, text_body
 
 log = logging.getLogger(__name__)
 
@@ -108,18 +110,34 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         is_main_process: bool = True,
         **kwargs,
     ) -> None:
-        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. A crash at any
-        moment leaves the previous checkpoint of that folder loadable."""
+        """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. Of a base
+        model with an adapter of peft only the adapter; `merge_adapter` first to have the whole. A crash at
+        any moment leaves the previous checkpoint of that folder loadable."""
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *unused, **model_options) -> QuietStarForCausalLM:  # type: ignore[override]
-        """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`."""
+        """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`, of
+        an adapter's checkpoint to that of its base model."""
         config, tensors = checkpoint.read(path)
-        model = cls(AutoModelForCausalLM.from_pretrained(path, **model_options), config)
+        adapted = (Path(path) / adapters.CONFIG).is_file()
+        load = adapters.load if adapted else AutoModelForCausalLM.from_pretrained
+        model = cls(load(path, **model_options), config)
         checkpoint.load_thought_parts(model, tensors, path)
         return model
+
+    def merge_adapter(self) -> QuietStarForCausalLM:
+        """Add the adapter that peft put into the base model to its weights: a stock model again, to be saved
+        whole. Raises ValueError when there is none."""
+        adapters.merge(self.base)
+        return self
+
+    def freeze_base(self) -> QuietStarForCausalLM:
+        """From now on only the mixing head and the boundary embeddings learn. The pass over the text then
+        keeps no graph, and no gradient of a weight of the base model is computed."""
+        self.base.requires_grad_(False)
+        return self
 
     def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
         """This model, from now on with other knobs; the suppressed tokens stay unless the config names its
@@ -153,11 +171,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def head(self) -> LinearHead:
         """The base model's map from hidden states to logits."""
         layer, c = self.base.get_output_embeddings(), self.base.config
-        scale = getattr(c, "logit_scale", None) or 1 / (getattr(c, "logits_scaling", None) or 1)
+        if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
+            raise ValueError(
+                f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "
+                "supported; leave it out of target_modules, or as it is"
+            )
         return LinearHead(
             weight=layer.weight,
             bias=getattr(layer, "bias", None),
-            logit_scale=float(scale),
+            logit_scale=logit_scale(c),
             softcap=getattr(c, "final_logit_softcapping", None),
         )
 
@@ -173,7 +195,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"input_ids = {int(wrong[0])}: must be in [0, {rows_of_table})")
         text_pass = TextPass(rows.segment_start)
         with phase(PREFIX):
-            hidden = self.base.base_model(
+            hidden = text_body(self.base)(
                 input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
             ).last_hidden_state
         return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
@@ -184,8 +206,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         # a 4D mask goes through transformers untouched; ours is in the pass, so this one is never looked at
         no_mask = embeddings.new_zeros(1, 1, 1, 1)
         table = self.base.get_input_embeddings().weight
-        return self.base.base_model(
-            inputs_embeds=embeddings.to(table.dtype),
+        return text_body(self.base)(
+            inputs_embeds=embeddings.to(table.dtype).contiguous(),  # ctrl scales it in place
             attention_mask=no_mask,
             position_ids=position_ids,
             use_cache=False,
@@ -338,7 +360,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Raises ValueError, naming `name`, for a text too long with its thoughts for the model's context."""
         slots = (config or self.quiet_star).slots
-        context = getattr(self.base.config, "max_position_embeddings", None)
+        context = context_length(self.base.config)
         if context is not None and tokens - 1 + slots > context:
             raise ValueError(
                 f"{name} has {tokens} tokens: with {slots} slots for a thought and its talk tokens, "
@@ -354,10 +376,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.check_length(T)
         if not self.training:
             return
-        dtype = next(self.base.parameters()).dtype
-        if dtype in (torch.bfloat16, torch.float16):
+        low = {p.dtype for p in self.base.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if low:
             warnings.warn(
-                f"the base model's parameters are {dtype}: at small learning rates most of them never "
+                f"the base model's parameters are {low.pop()}: at small learning rates most of them never "
                 "change; load it in float32 and train with bf16 mixed precision",
                 stacklevel=3,
             )

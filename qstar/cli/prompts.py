@@ -59,7 +59,9 @@ def done_before(output: str) -> dict[int, dict]:
 
 def check_lengths(model, tokenizer, records: list[dict], args: Any) -> None:
     """Raises ValueError for a prompt of the file that is too long, before any work."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    from qstar.supported import context_length
+
+    context = context_length(model.config)
     if context is None or args.truncate_prompt:
         return
     k = model.quiet_star.thought_length if args.thought_length is None else args.thought_length

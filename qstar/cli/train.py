@@ -39,6 +39,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "That of <start> and <end>, before boundary_scale; default: --learning_rate."},
     )
+    freeze_base: bool = field(
+        default=False,
+        metadata={"help": "Train only the mixing head and the boundary embeddings."},
+    )
     gradient_norm_steps: int = field(
         default=0,
         metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
@@ -76,6 +80,8 @@ def main(argv: list[str]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
     model = open_model(model_args.model, config, tokenizer)
+    if model_args.freeze_base:
+        model.freeze_base()
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from qstar.generation.loop import THINK, Counts, Generation, OnFinished, OnToken, Thinking, Written
 from qstar.model import in_eval_mode
+from qstar.supported import context_length
 
 log = logging.getLogger(__name__)
 NEW_TOKENS = 20  # transformers' own number, where nothing is said
@@ -279,7 +280,7 @@ def _fitted(
 ) -> tuple[Tensor, Tensor, int]:
     """The prompt and its mask, cut on the left where they do not fit the context with the new tokens and a
     thought, and that was asked for; and the number of new tokens."""
-    T, context = input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    T, context = input_ids.shape[1], context_length(model.config)
     new = config.max_new_tokens
     if new is None:
         new = config.max_length - T

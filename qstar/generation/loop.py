@@ -24,6 +24,7 @@ from qstar.cache import SlotCache, TextCache
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled
 from qstar.layout import TextRows
 from qstar.rollout import rollout
+from qstar.supported import context_length
 
 THINK = ("always", "adaptive", "never")
 LONGEST_DRAFT = 32  # where few positions think
@@ -117,7 +118,7 @@ class Generation:
         rows = _rows(input_ids, attention_mask)
         self.eos = torch.tensor(eos or [], dtype=torch.long, device=input_ids.device)
         self.start = rows.segment_start[:, -1:]
-        context = getattr(model.config, "max_position_embeddings", None)
+        context = context_length(model.config)
         self.last_position = room + thinking.thought_length + 1 if context is None else context - 1
         hidden, keys_values = model.read_text(input_ids, rows)
         self.hidden: Tensor | None = hidden[:, -1]  # of the last certain token; None: it has not been read

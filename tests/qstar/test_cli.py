@@ -181,6 +181,18 @@ def _saved(folder, kind, **sizes):
 
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+
+
+def test_a_frozen_base_comes_out_of_training_as_it_went_in(capsys, base, text, tmp_path):
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, "--freeze_base", *options)
+    assert code == 0, err
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    for name, x in begun.state_dict().items():
+        assert torch.equal(x, model.base.state_dict()[name]), name
+    assert model.mixing.layers[-1].weight.abs().sum() > 0
+
+
 UNSUPPORTED = {
     "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 4},
     "falcon": SMALL | {"num_attention_heads": 4},

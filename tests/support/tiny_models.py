@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
+from qstar.supported import text_body
 
 VOCABULARY = 61
 COMMON = {
@@ -72,6 +73,11 @@ def base_model(
     config = AutoConfig.for_model(kind, **(ARCHITECTURES[kind] | changes))
     attention = attention or ("eager" if kind == "gemma2" else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    return randomise(model)
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights large enough that attention and soft-caps matter; evaluation mode."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -123,5 +129,5 @@ def plain_slots(
     embed = eager.get_input_embeddings()
     boundary = model.boundary
     row = torch.cat([embed(prefix), boundary.start[None], embed(thought), boundary.end[None], embed(talk)])
-    hidden = eager.base_model(inputs_embeds=row[None], use_cache=False).last_hidden_state[0]
+    hidden = text_body(eager)(inputs_embeds=row[None], use_cache=False).last_hidden_state[0]
     return hidden[len(prefix) :]

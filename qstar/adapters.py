@@ -1,0 +1,90 @@
+"""LoRA and other adapters of peft on the base model: saved without the base, loaded again, merged into it.
+
+`peft.get_peft_model(model.base, config)` puts them in place: the base model's own weights are frozen, the
+boundary embeddings and the mixing head stay trained whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+_PREFIX = "base_model.model."  # of the names of peft's tensors
+
+
+def adapter_name(base: nn.Module) -> str | None:
+    """Of the adapter inside a base model, or None. Raises ValueError for several."""
+    names = list(getattr(base, "peft_config", None) or ())
+    if len(names) > 1:
+        raise ValueError(f"the base model has the adapters {names}: only one at a time is supported")
+    return names[0] if names else None
+
+
+def save(base: Any, state: dict[str, Tensor], folder: Path, target: Path) -> None:
+    """Write the one adapter of a base model as peft does, to be moved to `target`; state: the base model's.
+
+    Raises ValueError where the base model would not be found again, or `target` is its own folder.
+    """
+    from peft import get_peft_model_state_dict
+
+    (name,) = base.peft_config
+    config = base.peft_config[name]
+    source = config.base_model_name_or_path
+    if not source:
+        raise ValueError(
+            "the adapter does not say which base model it is for: load the base model from a folder or hub "
+            "name, or set base_model_name_or_path in the adapter's config; or merge it, merge_adapter()"
+        )
+    if Path(source).is_dir() and Path(source).resolve() == target.resolve():
+        raise ValueError(f"path = {str(target)!r}: the base model lies there, which the adapter needs")
+    own = get_peft_model_state_dict(base, state_dict=state, adapter_name=name)
+    save_file({_PREFIX + key: x.contiguous() for key, x in own.items()}, folder / TENSORS)
+    training, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+
+
+def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
+    """The base model with its adapter in it, which can be trained further; the base's own weights are frozen.
+
+    model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError without peft.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            f"path = {str(folder)!r}: holds an adapter, which needs the package peft; pip install "
+            "'qstar[peft]'"
+        ) from error
+    source = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(source, **model_options)
+    PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # in place
+    return base
+
+
+def merge(base: Any) -> None:
+    """Add the adapter to the weights of a base model, which is then a stock model again, with all its weights
+    trained. Raises ValueError when it has none, or one that is more than added matrices."""
+    name = adapter_name(base)
+    if name is None:
+        raise ValueError("the base model has no adapter to merge")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    whole = [path for path, layer in base.named_modules() if isinstance(layer, ModulesToSaveWrapper)]
+    if whole:
+        raise ValueError(f"modules_to_save = {whole}: only adapters can be merged, not parts trained whole")
+    for path, layer in list(base.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            base.set_submodule(path, layer.get_base_layer())
+    del base.peft_config
+    base._hf_peft_config_loaded = False
+    base.requires_grad_(True)
