@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "eval": ["datasets>=4"],
+    "tensorboard": ["tensorboard>=2.20"],
+    "trl": ["trl>=1.16"],
+    "lightning": ["lightning>=2.6"],
     "bench": ["pandas>=2.2", "pytest-benchmark>=5", "psutil>=6"],
     "dev": [
         "pytest>=8",
@@ -14,6 +17,9 @@ EXTRAS = {
         "pandas>=2.2",
         "psutil>=6",
         "datasets>=4",
+        "tensorboard>=2.20",
+        "trl>=1.16",
+        "lightning>=2.6",
         "ruff",
         "mypy",
         "pre-commit",
