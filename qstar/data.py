@@ -186,6 +186,37 @@ def pack_rows(documents: Iterator[list[int]], span_length: int) -> dict[str, lis
     return rows
 
 
+def text_rows(texts: list[str], tokenizer, span_length: int) -> list[dict[str, list[int]]]:
+    """Texts that are at hand as rows for `collate`; see `encode` and `pack_rows`."""
+    packed = pack_rows(encode(texts, tokenizer), span_length)
+    return [dict(zip(packed, values)) for values in zip(*packed.values())]
+
+
+@dataclass(frozen=True)
+class ShuffledBatches:
+    """Batches of `collate` without end. The order of an epoch follows from seed and epoch alone, and the
+    first `first` batches are passed over: a run that resumes after so many sees what it would have seen. Rows
+    that fill no batch wait for another epoch. Raises ValueError for fewer rows than a batch has."""
+
+    rows: list[dict[str, list[int]]]
+    batch_size: int
+    seed: int = 0
+    first: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.batch_size <= len(self.rows):
+            raise ValueError(f"batch_size = {self.batch_size}: must be in [1, {len(self.rows)}], the rows")
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        epoch, at = divmod(self.first, len(self.rows) // self.batch_size)
+        while True:
+            source = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self.rows), generator=source).split(self.batch_size)
+            for chosen in order[at : len(self.rows) // self.batch_size]:
+                yield collate([self.rows[i] for i in chosen.tolist()])
+            epoch, at = epoch + 1, 0
+
+
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Right-padded batch: input_ids, position_ids, attention_mask, labels [B, T] int64.
 

@@ -60,6 +60,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.boundary = BoundaryEmbeddings(width, quiet_star.boundary_scale, head.device)
         self.mixing = MixingHead(head.shape[1], head.device)
         self.register_buffer("suppress", self._suppressed(quiet_star), persistent=False)
+        self._base_alone = False
 
     # -- construction and checkpoints
     # ---------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. Of a base
         model with an adapter of peft only the adapter; `merge_adapter` first to have the whole. A crash at
         any moment leaves the previous checkpoint of that folder loadable."""
+        self._check_whole()
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
@@ -138,6 +140,22 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         keeps no graph, and no gradient of a weight of the base model is computed."""
         self.base.requires_grad_(False)
         return self
+
+    def load_state_dict(self, state_dict, *arguments: Any, **options: Any):
+        """Also of a base model alone, which a Trainer that resumes has read from our checkpoint: its tensors
+        go to the base, and until the thought parts are loaded too, training and saving raise ValueError."""
+        own = any(name.startswith(("base.", "boundary.", "mixing.")) for name in state_dict)
+        self._base_alone = bool(state_dict) and not own
+        if self._base_alone:
+            state_dict = {f"base.{name}": x for name, x in state_dict.items()}
+        return super().load_state_dict(state_dict, *arguments, **options)
+
+    def _check_whole(self) -> None:
+        if self._base_alone:
+            raise ValueError(
+                "load_state_dict: its last tensors were of a base model alone, without the thought parts "
+                "beside it; a Trainer loads both after trainer.add_callback(QuietStarCallback(trainer))"
+            )
 
     def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
         """This model, from now on with other knobs; the suppressed tokens stay unless the config names its
@@ -368,6 +386,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             )
 
     def _check(self, input_ids: Tensor) -> None:
+        self._check_whole()
         T, config = input_ids.shape[1], self.quiet_star
         if config.talk_length >= T:
             raise ValueError(

@@ -1,21 +1,15 @@
-"""The stock Hugging Face Trainer, told four things: the learning rates of the parts, what to log, when to
-stop, and which files a checkpoint has."""
+"""The stock Hugging Face Trainer with the callback, told three things more: the learning rates of the parts,
+what to show, and when to stop."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qstar import checkpoint
+from qstar.callbacks import QuietStarCallback
 from qstar.objective import gradient_norms
 
 
@@ -49,9 +43,8 @@ class QuietStarTrainer(Trainer):
             )
         self._part_rates = {"mixing": mixing_learning_rate, "boundary": boundary_learning_rate}
         self._gradient_norm_steps = gradient_norm_steps
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._count = 0
-        self._since = time.perf_counter()
+        self.thoughts = QuietStarCallback(self)
+        self.add_callback(self.thoughts)
         self.remove_callback(ProgressCallback)
         self.add_callback(ThoughtProgress())
         self.add_callback(_StopBeforeNonFinite())
@@ -90,40 +83,25 @@ class QuietStarTrainer(Trainer):
         )
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"loss = {float(loss)} at step {self.state.global_step + 1}")
-        if model.training:
-            metrics = dict(outputs.metrics)
-            every = self._gradient_norm_steps
-            if every and self.state.global_step % every == 0:
-                parts = {"nll": outputs.nll_loss, "policy": outputs.policy_loss}
-                parameters = [p for p in model.parameters() if p.requires_grad]
-                norms = gradient_norms({n: x for n, x in parts.items() if x.requires_grad}, parameters)
-                super().log({f"gradient_norm_{name}": norm for name, norm in norms.items()})
-            self._count += 1
-            for name, value in metrics.items():
-                self._sums[name] = self._sums[name] + value.float().cpu()
+        every = self._gradient_norm_steps
+        if model.training and every and self.state.global_step % every == 0:
+            parts = {"nll": outputs.nll_loss, "policy": outputs.policy_loss}
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            norms = gradient_norms({n: x for n, x in parts.items() if x.requires_grad}, parameters)
+            super().log({f"gradient_norm_{name}": norm for name, norm in norms.items()})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._count:
-            now = time.perf_counter()
-            thoughts = float(self._sums.pop("thoughts"))
-            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
-            logs["thoughts_per_second"] = thoughts / (now - self._since)
-            self._sums.clear()
-            self._count, self._since = 0, now
+        if "loss" in logs:
+            logs |= self.thoughts.collect()  # in the loss's own line; the callback finds none left then
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # the stock method would load the base model's file and leave the thought parts as they are
-        target = self.accelerator.unwrap_model(self.model if model is None else model)
-        saved = type(target).from_pretrained(
-            resume_from_checkpoint, dtype=next(target.base.parameters()).dtype
-        )
-        target.load_state_dict(saved.state_dict())
+        # the stock method would load the base model's file alone; the callback loads all, told from where
+        self.thoughts.resume_from = resume_from_checkpoint
 
     def _load_best_model(self) -> None:
-        # likewise: the stock method finds none of our names in the base model's file, and keeps the last
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        """The callback does, at the end of the run."""
 
 
 class _StopBeforeNonFinite(TrainerCallback):
@@ -149,20 +127,3 @@ class ThoughtProgress(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             shown = {label: f"{float(logs[name]):.3g}" for name, label in self.SHOWN if name in logs}
             self.training_bar.set_postfix(shown)
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint-N of a run that was written to its end; one cut short by a crash is passed
-    over."""
-    folder = Path(output_dir)
-    found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else ():
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the Trainer writes it last
-            checkpoint.read(path)
-        except (OSError, ValueError):  # that a json is cut short is a ValueError too
-            continue
-        if number.isdigit():
-            found.append((int(number), str(path)))
-    return max(found)[1] if found else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from qstar import checkpoint, report
+from qstar.callbacks import last_complete_checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, collate, load_rows
@@ -19,7 +20,7 @@ from qstar.demo import TINY_LM
 from qstar.evaluation.held_out import hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
 from qstar.profiling import TraceSteps
-from qstar.trainer import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
+from qstar.trainer import NonFiniteError, QuietStarTrainer
 
 
 @dataclass

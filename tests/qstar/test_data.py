@@ -2,7 +2,7 @@
 
 import json
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import datasets
 import pytest
@@ -10,7 +10,16 @@ import torch
 from tiny_models import thinking_model
 from tiny_tokenizer import PROSE, tiny_tokenizer
 
-from qstar.data import DataArguments, collate, document_text, encode, load_rows, pack_rows
+from qstar.data import (
+    DataArguments,
+    ShuffledBatches,
+    collate,
+    document_text,
+    encode,
+    load_rows,
+    pack_rows,
+    text_rows,
+)
 from qstar.layout import IGNORE
 
 TOKENIZER = tiny_tokenizer()
@@ -234,3 +243,35 @@ def test_without_the_package_datasets_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_a_field_may_be_a_number_inside_a_template():
     assert document_text({"a": 3, "b": "x"}, "text", "{b} = {a:02d}") == "x = 03"
+
+
+def test_rows_of_texts_at_hand_are_the_packed_rows():
+    packed = pack_rows(encode([TEXT, PROSE], TOKENIZER), 8)
+    rows = text_rows([TEXT, PROSE], TOKENIZER, 8)
+    assert [row["input_ids"] for row in rows] == packed["input_ids"]
+    assert [row["position_ids"] for row in rows] == packed["position_ids"]
+
+
+NUMBERED = [{"input_ids": [i, i], "position_ids": [0, 1]} for i in range(7)]
+
+
+def numbers(count, **options):
+    batches = ShuffledBatches(NUMBERED, 2, **options)
+    return [batch["input_ids"][:, 0].tolist() for batch in islice(batches, count)]
+
+
+@pytest.mark.parametrize("first", [1, 3, 4, 8])
+def test_batches_after_so_many_are_those_of_a_run_from_the_beginning(first):
+    assert numbers(9 - first, first=first) == numbers(9)[first:]
+
+
+def test_an_epoch_has_each_row_at_most_once_and_an_order_of_its_own():
+    epochs = [numbers(9)[i : i + 3] for i in (0, 3, 6)]
+    assert all(len({row for batch in epoch for row in batch}) == 6 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and numbers(3, seed=5) != epochs[0]
+
+
+@pytest.mark.parametrize("batch_size", [0, 8])
+def test_a_batch_of_no_row_or_of_more_than_there_are_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"^batch_size = {batch_size}: must be in \[1, 7\]"):
+        ShuffledBatches(NUMBERED, batch_size)

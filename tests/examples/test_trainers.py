@@ -1,0 +1,79 @@
+"""Every trainer's example runs as documented, and an interrupted run goes on bit for bit where it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from interrupted_runs import SAVE_EVERY, STEPS
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {
+    "pytorch_loop": None,
+    "accelerate_loop": None,
+    "hf_trainer": "tensorboard",
+    "trl_sft": "trl",
+    "lightning_module": "lightning",
+}
+
+
+def needs(package: str | None) -> None:
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"pip install 'qstar[{package}]'")
+
+
+@pytest.mark.parametrize(("name", "package"), EXAMPLES.items(), ids=EXAMPLES.keys())
+def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, name, package):
+    needs(package)
+    paths = [str(ROOT / room) for room in ("", "kernels", "bench")]
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "interrupted_runs.py", f"examples/{name}.py", tmp_path],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stderr
+    (_, whole, _), *interrupted = json.loads(ran.stdout.splitlines()[-1])
+    assert len(whole) == STEPS == len(set(whole))
+    assert [run.split("-")[0] for run, _, _ in interrupted] == ["terminated", "killed", "killed"]
+    for run, before, after in interrupted:
+        assert before == whole[: len(before)] and after == whole[-len(after) :], run
+        # the run that was terminated in step 5 had two saves; those killed within the second had one
+        saves = 2 if run == "terminated" else 1
+        assert len(before) == (5 if run == "terminated" else 4) and len(after) == STEPS - saves * SAVE_EVERY
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [(n, p) for n, p in EXAMPLES.items() if p], ids=[n for n in EXAMPLES if EXAMPLES[n]]
+)
+def test_without_its_package_an_example_names_the_extra_in_one_line(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    assert stopped.value.code == f"this example needs {package}: pip install 'qstar[{package}]'"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_under_60_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_without_its_one_override_the_sft_trainer_stops_instead_of_training_a_plain_model(
+    tmp_path, monkeypatch
+):
+    needs("trl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    example = runpy.run_path(str(ROOT / "examples" / "trl_sft.py"))
+    main = example["main"]
+    monkeypatch.setitem(main.__globals__, "ThinkingSFTTrainer", example["SFTTrainer"])
+    with pytest.raises(AttributeError, match="last_hidden_state"):
+        main(str(tmp_path), steps=1)
