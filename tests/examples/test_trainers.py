@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from interrupted_runs import SAVE_EVERY, STEPS
 
@@ -71,7 +72,7 @@ def test_without_its_one_override_the_sft_trainer_stops_instead_of_training_a_pl
     tmp_path, monkeypatch
 ):
     needs("trl")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     example = runpy.run_path(str(ROOT / "examples" / "trl_sft.py"))
     main = example["main"]
     monkeypatch.setitem(main.__globals__, "ThinkingSFTTrainer", example["SFTTrainer"])
