@@ -1,6 +1,7 @@
 """What a step really holds, by phase; and snapshots of a GPU's memory, as far as a fake GPU shows."""
 
 import json
+import mmap
 import pickle
 import types
 
@@ -47,8 +48,10 @@ def test_each_phase_has_its_own_peak_of_tensors_and_the_outermost_range_counts()
 
 
 def test_resident_memory_is_sampled_by_phase():
-    def fill(mib: int, seconds: float) -> torch.Tensor:
-        made = torch.ones(mib * KIB * KIB, dtype=torch.uint8)
+    def fill(mib: int, seconds: float) -> mmap.mmap:
+        made = mmap.mmap(-1, mib * KIB * KIB)  # fresh pages: tensors may get what earlier tests have freed
+        for page in range(0, len(made), mmap.PAGESIZE):
+            made[page] = 1
         memory.time.sleep(seconds)
         return made
 
