@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ from qstar import checkpoint
 from qstar.model import QuietStarForCausalLM
 
 STATE = "trainer_state.json"
+
+
+class _Sums:
+    """The metrics of the training forwards that a model's hook has seen."""
+
+    def __init__(self) -> None:
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.count = 0
+        self.since = time.perf_counter()
+
+    def add(self, model: QuietStarForCausalLM, inputs: tuple, output: Any) -> None:
+        if model.training:
+            self.count += 1
+            for name, value in output.metrics.items():
+                # stays on its device: reading a number at every step would wait for it
+                self.totals[name] = self.totals.get(name, 0) + value.detach().float()
 
 
 class QuietStarCallback(TrainerCallback):
@@ -39,36 +59,26 @@ class QuietStarCallback(TrainerCallback):
         if not isinstance(model, QuietStarForCausalLM):
             raise ValueError(f"trainer.model = {type(model).__name__}: must be a QuietStarForCausalLM")
         self.resume_from = resume_from
-        self._trainer = trainer
+        # no strong references in a circle, in which a trainer and its model would outlive their last use
+        self._trainer: Any = weakref.proxy(trainer)
         self._model = model
         self._hook: Any = None
-        self._begin_again()
-
-    def _begin_again(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._since = time.perf_counter()
-
-    def _add(self, model: QuietStarForCausalLM, inputs: tuple, output: Any) -> None:
-        if model.training:
-            self._count += 1
-            for name, value in output.metrics.items():
-                # stays on its device: reading a number at every step would wait for it
-                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        self._sums = _Sums()
 
     def collect(self) -> dict[str, float]:
         """The metrics since the last call; none if there was no training forward. All processes call it."""
-        if not self._count:
+        sums = self._sums
+        if not sums.count:
             return {}
-        names = list(self._sums)
-        count = torch.tensor(float(self._count), device=self._sums[names[0]].device)
-        sums = torch.stack([*self._sums.values(), count])
-        *totals, count = self._trainer.accelerator.reduce(sums, reduction="sum").tolist()
+        names = list(sums.totals)
+        count = torch.tensor(float(sums.count), device=sums.totals[names[0]].device)
+        local = torch.stack([*sums.totals.values(), count])
+        *totals, count = self._trainer.accelerator.reduce(local, reduction="sum").tolist()
         found = dict(zip(names, totals))
         thoughts = found.pop("thoughts")
         metrics = {name: total / count for name, total in found.items()}
-        metrics["thoughts_per_second"] = thoughts / (time.perf_counter() - self._since)
-        self._begin_again()
+        metrics["thoughts_per_second"] = thoughts / (time.perf_counter() - sums.since)
+        sums.begin_again()
         return metrics
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -80,8 +90,8 @@ class QuietStarCallback(TrainerCallback):
             self._load(self._resumed(args, state))
         if self._hook is not None:
             self._hook.remove()  # of a run that an error ended
-        self._hook = self._model.register_forward_hook(self._add)
-        self._begin_again()
+        self._hook = self._model.register_forward_hook(self._sums.add)
+        self._sums.begin_again()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._hook is not None:

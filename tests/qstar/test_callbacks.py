@@ -1,11 +1,13 @@
 """The stock Trainer with our callback: what it logs and to whom, and that it resumes with its thoughts."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,26 @@ def test_tensors_of_a_base_model_alone_go_to_the_base_and_whole_ones_make_it_who
         model(tokens(1, 8))
     model.load_state_dict(other.state_dict())
     model(tokens(1, 8))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["ended", "failed"])
+def test_the_callback_keeps_neither_trainer_nor_model_alive(tmp_path, fails):
+    model = thinking_model()
+    trainer = stock(tmp_path, model, max_steps=1)
+    if fails:
+        model.mixing.layers[0].weight.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    else:
+        trainer.train()
+    kept = weakref.ref(trainer)
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_another_model_is_refused(tmp_path):
