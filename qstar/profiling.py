@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback
 
+from qstar.report import check_folder
+
 TRACED_STEPS = 3  # of a run of the Trainer, after the first, which is slower than the others
-
-
-def check_trace(path: str | None) -> None:
-    """Raises ValueError for a path whose folder does not exist."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"trace = {path}: its folder does not exist")
 
 
 def _activities() -> list[ProfilerActivity]:
@@ -30,7 +25,7 @@ def traced(path: str | None, memory: bool = True) -> Iterator[None]:
     if path is None:
         yield
         return
-    check_trace(path)
+    check_folder("trace", path)
     with profile(activities=_activities(), profile_memory=memory) as recorded:
         yield
     recorded.export_chrome_trace(path)
@@ -44,7 +39,7 @@ class TraceSteps(TrainerCallback):
     """
 
     def __init__(self, path: str):
-        check_trace(path)
+        check_folder("trace", path)
         self.path = path
         self._profile: profile | None = None
 

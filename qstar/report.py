@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ CURVES = (
 def table(rows: list[dict[str, Any]], digits: int = 4) -> str:
     """Rows with the same keys as a Markdown table."""
     return tabulate(rows, headers="keys", tablefmt="github", floatfmt=f".{digits}f", missingval="")
+
+
+def check_folder(name: str, path: str | os.PathLike | None) -> None:
+    """Raises ValueError, naming the option, for a file to be written in a folder that does not exist: before
+    hours of work, not after them."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name} = {path}: its folder does not exist")
 
 
 def before_after(before: dict[str, float], after: dict[str, float]) -> str:

@@ -169,8 +169,6 @@ def main(argv: list[str]) -> int:
     say("\n".join(f"{name}: {value}" for name, value in where.items()))
     say("\n".join(chosen.remarks))
     cases: list[Case] = []
-    found: list[dict] = []
-    own: list[dict] = []
     bar = tqdm(chosen.shapes, disable=output.json)
     for shape in bar:
         case = measure(shape, args, chosen, bar)

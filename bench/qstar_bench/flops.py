@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qstar import QuietStarForCausalLM
+from qstar.supported import text_body
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _weights(model: QuietStarForCausalLM) -> int:
     share = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
     table = model.get_input_embeddings()
     total = 0.0
-    for module in model.base.base_model.modules():
+    for module in text_body(model.base).modules():
         if module is table or isinstance(module, nn.Embedding):
             continue
         for parameter in module.parameters(recurse=False):

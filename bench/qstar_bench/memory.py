@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from qstar.report import check_folder
+
 SNAPSHOT_EVENTS = 1_000_000  # the newest allocations that a snapshot's history holds
 SAMPLE_SECONDS = 0.002
 RANGES = "qstar."  # what their names begin with
@@ -89,8 +91,7 @@ def check_snapshot(path: str | os.PathLike | None, device: str) -> None:
         return
     if device == "cpu":
         raise ValueError(f"snapshot = {path}: must be left out on a CPU, whose allocator has none")
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"snapshot = {path}: its folder does not exist")
+    check_folder("snapshot", path)
 
 
 @contextmanager

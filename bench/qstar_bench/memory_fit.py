@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from qstar import QuietStarConfig
+from qstar.supported import context_length
 from qstar_bench.memory_planner import plan
 from qstar_bench.memory_setup import StepArguments
 from qstar_bench.shapes import base_config
@@ -64,7 +65,7 @@ def fit(
     """{"option", "given", "largest" that fits with the others as given, and, if any does, "estimated GiB" and
     "planned GiB" (in full) of it, "note"}; name: one of OPTIONS."""
     room = card_gib * 2**30 * USABLE
-    context = getattr(base_config(args.model), "max_position_embeddings", None)
+    context = context_length(base_config(args.model))
     longest = min(TOKENS, (context or TOKENS) + 1 - thinking.slots)
     L, R = thinking.slots, thinking.num_thoughts
     every = (args.tokens - 1) * R * L  # slots of a row

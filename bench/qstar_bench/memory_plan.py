@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,7 @@ class PlanArguments:
             raise ValueError(f"gpus = {self.gpus}: must be at least 1")
         if self.card_gb is not None and self.card_gb <= 0:
             raise ValueError(f"card_gb = {self.card_gb}: must be positive")
-        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
-            raise ValueError(f"plot = {self.plot}: its folder does not exist")
+        report.check_folder("plot", self.plot)
 
 
 def rows_of(found: Plan) -> list[dict[str, Any]]:

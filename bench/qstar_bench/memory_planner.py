@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.phases import BLOCKS, ROLLOUT
+from qstar.supported import text_body
 from qstar_bench import memory_setup
 from qstar_bench.memory_setup import StepArguments
 from qstar_bench.memory_tracker import (
@@ -153,7 +154,7 @@ def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None
     and gradients are reduced in fp32. In bf16 the new parts, which stay in fp32, are on every rank."""
     mesh = init_device_mesh("cpu", (gpus,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.base.base_model.layers:
+    for layer in text_body(model.base).layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy() if precision == "fp32" else half)
     ours = {*model.mixing.parameters(), *model.boundary.parameters()} if precision == "bf16" else None
     fully_shard(model, mesh=mesh, ignored_params=ours)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
+from qstar.supported import context_length
 from qstar_bench.memory_tracker import BACKWARD, OPTIMISER
 from qstar_bench.shapes import EMBEDDED, SHAPES
 
@@ -81,7 +82,7 @@ def check_sizes(args: StepArguments, thinking: QuietStarConfig, config: PreTrain
     """Raises ValueError for a step that forward itself would refuse."""
     if thinking.talk_length >= args.tokens:
         raise ValueError(f"tokens = {args.tokens}: must be more than talk_length = {thinking.talk_length}")
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and args.tokens - 1 + thinking.slots > context:
         raise ValueError(
             f"tokens = {args.tokens}: with {thinking.slots} slots for a thought and its talk tokens they "

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, gumbel_softmax, log_softmax, one_
 from transformers import DynamicCache
 
 from qstar import QuietStarForCausalLM, objective
+from qstar.supported import text_body
 
 
 def published_step(model: QuietStarForCausalLM, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def _pass(model: QuietStarForCausalLM, embedding: Tensor, i: int, cache: Dynamic
     mask = torch.zeros(T, T * (i + 1), dtype=embedding.dtype, device=device)
     mask = mask.masked_fill(~sees, torch.finfo(embedding.dtype).min).expand(rows, 1, -1, -1).contiguous()
     positions = torch.arange(T, device=device)[None] + i
-    return model.base.base_model(
+    return text_body(model.base)(
         inputs_embeds=embedding,
         attention_mask=mask,
         position_ids=positions.expand(rows, T),

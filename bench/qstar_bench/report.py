@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qstar.report import check_folder
 from qstar_bench import plots
 from qstar_bench.page import is_run, page
 
@@ -76,9 +77,7 @@ def _runs_inside(run: dict[str, Any]) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     args = options(argv)
     for name in ("output", "plots"):
-        path = getattr(args, name)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{name} = {path}: its folder does not exist")
+        check_folder(name, getattr(args, name))
     runs = [run for path in args.runs for run in load(path)]
     Path(args.output).write_text(page(runs), encoding="utf-8")
     print(args.output)

@@ -41,7 +41,7 @@ class TableArguments:
     def __post_init__(self) -> None:
         if self.append is not None and Path(self.append).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"append = {self.append}: must end with .jsonl or .csv")
-        _check_folder("append", self.append)
+        report.check_folder("append", self.append)
 
 
 @dataclass
@@ -55,12 +55,7 @@ class OutputArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_folder("trace", self.trace)
-
-
-def _check_folder(name: str, path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{name} = {path}: its folder does not exist")  # before hours of measuring
+        report.check_folder("trace", self.trace)
 
 
 def check_device(device: str) -> None:

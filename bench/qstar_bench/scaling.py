@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,8 +100,7 @@ class ScalingArguments:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset}: must be one of {', '.join(PRESETS)}")
-        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
-            raise ValueError(f"plot = {self.plot}: its folder does not exist")  # before minutes of measuring
+        report.check_folder("plot", self.plot)
 
 
 def chosen(args: ScalingArguments) -> tuple[Preset, int, int]:

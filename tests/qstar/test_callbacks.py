@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import base_model, thinking_model, tokens
+from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainingArguments
 
 from qstar import QuietStarForCausalLM
@@ -23,22 +24,9 @@ ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(1
 
 
 def stock(folder, model=None, callback=True, resume_from=None, **changes):
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "use_cpu": True,
-    }
     trainer = Trainer(
         model=model or thinking_model(),
-        args=TrainingArguments(str(folder), **(defaults | changes)),
+        args=TrainingArguments(str(folder), **(SHORT_RUN | {"use_cpu": True} | changes)),
         train_dataset=ROWS,
         eval_dataset=ROWS[:4],
         data_collator=collate,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import thinking_model, tokens
 from torch import nn
+from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qstar import QuietStarForCausalLM, checkpoint
@@ -22,20 +23,7 @@ ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(1
 
 
 def arguments(folder, **changes):
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
-    return TrainingArguments(**(defaults | changes))
+    return TrainingArguments(str(folder), **(SHORT_RUN | changes))
 
 
 def trainer(folder, model=None, kind=QuietStarTrainer, rates=None, callbacks=None, **changes):
