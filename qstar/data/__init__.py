@@ -1,0 +1,18 @@
+"""Text to batches: files or any Hugging Face data set -> rows of packed documents -> padded batches."""
+
+from qstar.data.load import load_rows
+from qstar.data.packing import ShuffledBatches, collate, encode, pack_rows, text_rows
+from qstar.data.sources import DataArguments, document_text
+from qstar.data.stream import RowStream
+
+__all__ = [
+    "DataArguments",
+    "RowStream",
+    "ShuffledBatches",
+    "collate",
+    "document_text",
+    "encode",
+    "load_rows",
+    "pack_rows",
+    "text_rows",
+]
