@@ -23,7 +23,7 @@ def load_rows(
         stream = RowStream(arguments, tokenizer, talk_length, seed, workers)
         return stream, stream.held_out
     arguments.check(talk_length)
-    given = _records(arguments)
+    given = load_records(arguments)
     if not given.column_names:
         raise ValueError(f"{arguments.source}: holds no record")
 
@@ -52,12 +52,13 @@ def load_rows(
     return parts["train"], list(parts["test"])
 
 
-def _records(arguments: DataArguments):
+def load_records(arguments: DataArguments):
+    """The records of a source as a datasets.Dataset. Raises ValueError."""
     datasets = import_datasets(arguments)
     options: dict[str, Any] = {"path": arguments.dataset, "name": arguments.dataset_config}
     files: list[str] = []
     if not arguments.dataset:
-        files = find_files(arguments.text, arguments.fields)
+        files = find_files(arguments.text)
         options = {"path": kind_of(files), "data_files": files}
         if options["path"] == "text":
             options["sample_by"] = "document"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
@@ -90,9 +90,9 @@ def kind_of(paths: Iterable[str]) -> str:
     return next(iter(found))
 
 
-def find_files(names: list[str], columns: list[str]) -> list[str]:
+def find_files(names: list[str], columns: Sequence[str] = ()) -> list[str]:
     """The files that names, folders and patterns stand for, in order. Raises ValueError for one that stands
-    for none, or holds nothing; see `records` for columns."""
+    for none, holds nothing, or has not these columns."""
     found: list[str] = []
     for name in names:
         path = Path(name)
@@ -143,7 +143,7 @@ def import_datasets(arguments: DataArguments):
     return datasets
 
 
-def records(path: str, first: int = 0, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def records(path: str, first: int = 0, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The records of a file from its `first`-th on; of a Parquet file only these columns. path: a file, or an
     address that fsspec opens.
 
@@ -174,7 +174,7 @@ def _opened(path: str, mode: str) -> Any:
     return fsspec.open(path, mode, compression="infer", **({} if mode == "rb" else {"encoding": "utf-8"}))
 
 
-def _parquet_rows(path: str, file: IO, first: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: str, file: IO, first: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -185,12 +185,13 @@ def _parquet_rows(path: str, file: IO, first: int, columns: list[str] | None) ->
         missing = sorted(set(columns or ()) - set(table.schema_arrow.names))
         if missing:
             raise ValueError(f"text = {path!r}: has no column {missing}; it has {table.schema_arrow.names}")
+        wanted = None if columns is None else list(columns)
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if first >= rows:  # passed over without being read
                 first -= rows
                 continue
-            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=wanted):
                 yield from batch.slice(min(first, len(batch))).to_pylist()
                 first = max(first - len(batch), 0)
     except pyarrow.ArrowException as error:
