@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from qstar import checkpoint, report
+from qstar.adapters import adapter_name
 from qstar.callbacks import last_complete_checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
@@ -45,6 +46,12 @@ class ModelArguments:
     freeze_base: bool = field(
         default=False,
         metadata={"help": "Train only the mixing head and the boundary embeddings."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
+        },
     )
     gradient_norm_steps: int = field(
         default=0,
@@ -95,6 +102,8 @@ def main(argv: list[str]) -> int:
     model = open_model(model_args.model, config, tokenizer)
     if model_args.freeze_base:
         model.freeze_base()
+    if model_args.lora_rank is not None:
+        adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
@@ -148,6 +157,20 @@ def main(argv: list[str]) -> int:
         }
     )
     return 0
+
+
+def adapt(model: QuietStarForCausalLM, rank: int) -> None:
+    """LoRA on every linear layer of the base model but its head, which then learns nothing else. Raises
+    ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
+    if rank < 1:
+        raise ValueError(f"lora_rank = {rank}: must be at least 1")
+    if adapter_name(model.base) or not any(p.requires_grad for p in model.base.parameters()):
+        raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora_rank = {rank}: needs the package peft; pip install 'qstar[peft]'") from error
+    get_peft_model(model.base, LoraConfig(r=rank, target_modules="all-linear"))
 
 
 def accumulation(args: TrainArguments, span_length: int) -> int:

@@ -193,6 +193,32 @@ def test_a_frozen_base_comes_out_of_training_as_it_went_in(capsys, base, text, t
     assert model.mixing.layers[-1].weight.abs().sum() > 0
 
 
+def test_with_lora_rank_adapters_are_trained_and_saved_and_the_base_stays(capsys, base, text, tmp_path):
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, *options)
+    assert code == 0, err
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (
+        tmp_path / "model.safetensors"
+    ).exists()
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    state = model.base.state_dict()
+    for name, x in begun.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(x, state.get(name, state.get(f"{layer}.base_layer.{kind}"))), name
+    moved = [name for name, x in state.items() if "lora_B" in name and x.abs().sum() > 0]
+    assert len(moved) == 2 * 7 and all(x.shape[0] == 4 for name, x in state.items() if "lora_A" in name)
+    assert model.mixing.layers[-1].weight.abs().sum() > 0
+    message = train_fails(capsys, "--model", tmp_path, "--text", text, *options)
+    assert message == "lora_rank = 4: the base model is frozen or has adapters already"
+
+
+def test_without_peft_lora_rank_names_the_extra(capsys, base, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    message = train_fails(capsys, "--model", base, "--text", text, *options)
+    assert message == "lora_rank = 4: needs the package peft; pip install 'qstar[peft]'"
+
+
 UNSUPPORTED = {
     "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 4},
     "falcon": SMALL | {"num_attention_heads": 4},
@@ -227,6 +253,8 @@ REFUSED = {
         "a row of span_length has 93 tokens: with 5 slots for a thought and its talk tokens, 97 positions "
         "exceed the model's context of 96",
     ),
+    "no rank": (["--lora_rank", 0], "lora_rank = 0: must be at least 1"),
+    "nothing to adapt": (["--lora_rank", 4, "--freeze_base"], "lora_rank = 4: the base model is frozen"),
     "no config": (["--config"], "--config: needs a YAML file"),
     "missing config": (["--config", "no.yaml"], "No such file or directory: 'no.yaml'"),
     "nothing to resume": (
