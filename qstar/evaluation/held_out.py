@@ -74,14 +74,14 @@ def scored(
             yield HeldOut(*(x.cpu() for x in figures))  # type: ignore[union-attr]
 
 
-def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:
-    """[tokens] bool: the share of tokens with the highest base NLL before training.
+def hardest(base_nll: Tensor, share: float = HARD_SHARE) -> Tensor:
+    """[tokens] bool: the share of tokens with the highest base_nll [tokens], that before training.
 
     Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read
     these figures beside those of all tokens.
     """
-    chosen = torch.zeros_like(start.base_nll, dtype=torch.bool)
-    chosen[start.base_nll.topk(max(1, round(share * len(start.base_nll)))).indices] = True
+    chosen = torch.zeros_like(base_nll, dtype=torch.bool)
+    chosen[base_nll.topk(max(1, round(share * len(base_nll)))).indices] = True
     return chosen
 
 

@@ -45,12 +45,14 @@ class Predictions:
     weight: Tensor | None = None
     tokens: Tensor | None = None
 
+    @torch.no_grad()
     def logits(self, head: LinearHead, at: slice | Tensor = slice(None)) -> Tensor:
         """[m, V] of the positions `at`, in high precision."""
         if self.thought is None or self.weight is None:
             return logits(self.base[at], head)
         return mixed_logits(self.base[at], self.thought[at], self.weight[at], head)
 
+    @torch.no_grad()
     def nll(self, head: LinearHead, targets: Tensor) -> Tensor:
         """[M] nats, of targets [M] int64; no logits are kept."""
         if self.thought is None or self.weight is None:
