@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -17,7 +18,6 @@ from qstar.cli.eval_inputs import (
 )
 from qstar.cli.options import parse_options, with_config_file
 from qstar.evaluation import tables
-from qstar.evaluation.direct import DirectAnswers
 from qstar.evaluation.majority import MajorityVote
 from qstar.evaluation.predictions import Thinking, pause_token
 from qstar.evaluation.results import Results
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task, settings, cut = read_task(args, text, chain, tokenizer, model)
-    competing = contestants(args, task, tokenizer, [model])
+    competing = contestants(args, task, [model])
     del model  # the list above has it, until its turn is over
     paused = any("pause" in contestant.conditions for contestant in competing)
     thinking = Thinking(args.thought_temperature, pause_token(tokenizer) if paused else None)
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
         reference = reference_of(args)
         found = measured(task.spans, figures, results.of(f"{reference}, smoothed"), reference)
         rows, differences = tables.text_rows(found, names[-1], args.seed)
-        more |= {"reference": reference, "best_temperature": found.best}
+        more |= {"options": asdict(text), "reference": reference, "best_temperature": found.best}
         headers, columns = {"all": "NLL, all tokens", "hard": "NLL, hardest 10 %"}, {"weight": "mean w"}
     else:
-        metrics = MajorityVote.metrics if isinstance(task, MajorityVote) else DirectAnswers.metrics
-        rows, differences = tables.question_rows(figures, metrics, args.seed)
-        headers, columns = {name: name for name in metrics}, {}
+        rows, differences = tables.question_rows(figures, task.metrics, args.seed)
+        more |= {"options": asdict(chain) if isinstance(task, MajorityVote) else {}}
+        headers, columns = {name: name for name in task.metrics}, {}
     if not output.json:
         digits = 4 if isinstance(task, PlainText) else 3
         print(tables.shown(rows, headers | columns, digits) + "\n")

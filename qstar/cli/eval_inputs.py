@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from qstar import checkpoint, jsonl
 from qstar.config import QuietStarConfig
@@ -19,10 +20,12 @@ from qstar.evaluation.direct import DirectAnswers
 from qstar.evaluation.majority import MajorityVote
 from qstar.evaluation.predictions import WAYS, evaluated
 from qstar.evaluation.run import Contestant, Task
-from qstar.evaluation.text import SMOOTHED, PlainText, spans
+from qstar.evaluation.text import SMOOTHED, PlainText, Span, spans
 from qstar.model import QuietStarForCausalLM
 from qstar.runs import check_device
 from qstar.supported import context_length
+
+_T = TypeVar("_T")
 
 # where the data come from unless told: name on the hub, configuration, split
 DATA = {
@@ -155,25 +158,35 @@ def read_task(
         found = spans(_texts(args, text), tokenizer, text.span_length, text.tokens_per_span, args.seed)
         task, content = PlainText(found[: args.limit]), found[: args.limit]
     else:
-        asked = [_question(args, number, record) for number, record in _records(args)[: args.limit]]
+        read = questions.gsm8k if args.task.startswith("gsm8k") else questions.choice
+        records = _records(args)[: args.limit]
+        asked = _each(read, records)
         if args.task == "gsm8k_cot":
             settings |= asdict(chain)
             task, content = MajorityVote(asked, tokenizer, **asdict(chain)), asked
         else:
-            tokens = questions.Tokens(tokenizer)
+            numbered = [(number, question) for (number, _), question in zip(records, asked)]
+            whole = _each(questions.Tokens(tokenizer).item, numbered)
             context = context_length(model.config)
             longest = None if context is None else context + 1 - evaluated(model.quiet_star).slots
-            items, cut = questions.fitted(map(tokens.item, asked), longest, args.truncate_prompt)
+            items, cut = questions.fitted(whole, longest, args.truncate_prompt)
             task, content = DirectAnswers(items), items
+    clusters = len({x.cluster if isinstance(x, Span) else i for i, x in enumerate(content)})
+    if clusters < 2:
+        raise ValueError(f"data: {clusters} question or text in all: an interval needs at least 2")
     described = json.dumps([asdict(x) for x in content])
     return task, settings | {"questions": hashlib.sha256(described.encode()).hexdigest()}, cut
 
 
-def _question(args: EvalArguments, number: int, record: dict[str, Any]) -> questions.Question:
-    try:
-        return questions.gsm8k(record) if args.task.startswith("gsm8k") else questions.choice(record)
-    except ValueError as error:
-        raise ValueError(f"data: record {number} {error}") from error
+def _each(read: Callable[[Any], _T], numbered: list[tuple[int, Any]]) -> list[_T]:
+    """Raises ValueError with the number of the record that cannot be read."""
+    found = []
+    for number, given in numbered:
+        try:
+            found.append(read(given))
+        except ValueError as error:
+            raise ValueError(f"data: record {number} {error}") from error
+    return found
 
 
 def reference_of(args: EvalArguments) -> str:
@@ -181,9 +194,7 @@ def reference_of(args: EvalArguments) -> str:
     return NAMES["without"] if args.before is None else "base"
 
 
-def contestants(
-    args: EvalArguments, task: Task, tokenizer: Any, loaded: list[QuietStarForCausalLM]
-) -> list[Contestant]:
+def contestants(args: EvalArguments, task: Task, loaded: list[QuietStarForCausalLM]) -> list[Contestant]:
     """The model, which is loaded, then the one before and the controls."""
     ways = args.conditions or [way for way in NAMES if way in task.ways]
     allowed = [way for way in NAMES if way in task.ways]
@@ -197,13 +208,13 @@ def contestants(
             if "thoughts" in conditions:
                 model = QuietStarForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype])
             else:
-                plain = QuietStarConfig(thought_length=0)
-                model = QuietStarForCausalLM.from_base(folder, plain, tokenizer, dtype=DTYPES[args.dtype])
+                base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype])
+                model = QuietStarForCausalLM(base, QuietStarConfig(thought_length=0))
             if model.get_input_embeddings().weight.shape[0] != rows:
                 raise ValueError(f"{name} = {folder!r}: has another vocabulary than the model")
             return model.to(args.device)
 
-        return Contestant(name, load, conditions)
+        return Contestant(name, load, conditions, plain="without" in conditions)
 
     found = [Contestant("model", loaded.pop, {way: NAMES[way] for way in NAMES if way in ways})]
     if args.before is not None:

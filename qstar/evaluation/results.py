@@ -7,15 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from qstar import jsonl
 from qstar.model import QuietStarForCausalLM
 
 SAMPLE = 4096  # numbers of each tensor that its fingerprint covers
 
 
-def fingerprint(model: QuietStarForCausalLM) -> str:
-    """sha256 over the name, shape and evenly spaced numbers of every tensor, and the knobs."""
-    digest = hashlib.sha256(model.quiet_star.to_json().encode())
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the name, shape and evenly spaced numbers of every tensor, and the knobs of thinking."""
+    digest = hashlib.sha256()
+    if isinstance(model, QuietStarForCausalLM):
+        digest.update(model.quiet_star.to_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
         step = max(1, tensor.numel() // SAMPLE)
         numbers = tensor.detach().flatten()[::step].float().cpu().numpy().tobytes()
@@ -61,7 +65,7 @@ class Results:
             with self._output.open("a", encoding="utf-8") as file:
                 print(json.dumps(line, ensure_ascii=False), file=file)
 
-    def begin(self, name: str, model: QuietStarForCausalLM) -> None:
+    def begin(self, name: str, model: PreTrainedModel) -> None:
         """Figures of a model follow. Raises ValueError where those that are there came from another."""
         known, own = self._models.get(name), fingerprint(model)
         if known is None:

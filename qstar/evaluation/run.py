@@ -46,11 +46,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, opened when its turn comes, and the names of its conditions by way."""
+    """A model, opened when its turn comes, and the names of its conditions by way; plain: it never learned
+    to think, what is not of its base model is there by chance."""
 
     name: str
     open: Callable[[], QuietStarForCausalLM]
     conditions: dict[str, str]
+    plain: bool = False
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -76,7 +78,7 @@ def evaluate(
     all_batches = batches(task.lengths, batch_size)
     for contestant in contestants:
         model = contestant.open()
-        results.begin(contestant.name, model)
+        results.begin(contestant.name, model.base if contestant.plain else model)
         task.check(model)
         conditions = contestant.conditions
         waiting = [
