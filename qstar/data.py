@@ -52,7 +52,7 @@ def load_rows(arguments: DataArguments, tokenizer, talk_length: int, seed: int =
         raise ValueError(
             f"text = {arguments.text}, dataset = {arguments.dataset!r}: give exactly one of them"
         )
-    records = _records(arguments)
+    records = load_records(arguments)
     columns = records.column_names or list(next(iter(records), ()))
     if not columns:
         raise ValueError(f"{_source(arguments)}: holds no record")
@@ -94,7 +94,8 @@ def _check_enough(rows: int, arguments: DataArguments) -> None:
         )
 
 
-def _records(arguments: DataArguments):
+def load_records(arguments: DataArguments):
+    """The records of a source as a datasets.Dataset or IterableDataset. Raises ValueError."""
     try:
         import datasets
     except ImportError as error:
@@ -235,3 +236,13 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     no_target = (batch["attention_mask"] == 0) | (batch["position_ids"] == 0)
     batch["labels"] = batch["input_ids"].masked_fill(no_target, IGNORE)
     return batch
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask) [B, T], padded on the left; a tokenizer may know no padding token."""
+    if not all(prompts):
+        raise ValueError("prompt: holds no token; each must hold at least one")
+    length = max(map(len, prompts))
+    input_ids = [[0] * (length - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
+    return torch.tensor(input_ids), torch.tensor(mask)

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     )
     batch = args.per_device_eval_batch_size
     start = held_out(model, held_out_rows, batch, progress="held out, before")
-    hard = hardest(start)
+    hard = hardest(start.base_nll)
     try:
         with tracer or nullcontext():
             result = trainer.train(resume_from_checkpoint=resume)
