@@ -49,6 +49,7 @@ def thinking(thought_length: int, **changes: Any) -> QuietStarConfig:
         "thought_length": thought_length,
         "talk_length": 1,
         "num_thoughts": 2,
+        "thought_temperature": 0.5,
         "start_token": " is",
         "end_token": "—",
         "boundary_scale": 1.0,

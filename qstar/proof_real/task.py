@@ -57,5 +57,11 @@ class Split:
             )
         return rows
 
+    @property
+    def numbers(self) -> list[int]:
+        """Of the test facts, in `facts()`."""
+        every = {fact: i for i, fact in enumerate(facts())}
+        return [every[fact] for fact in self.test]
+
     def letter(self, fact: Fact) -> int:
         return self.letters[string.ascii_uppercase.index(fact.letter)]
