@@ -144,7 +144,7 @@ def shuffled(thoughts: Tensor, valid: Tensor, generator: torch.Generator | None 
 def pause_token(tokenizer) -> int:
     """The token that a pause repeats: a dash, or what else the boundaries may begin from. Raises ValueError
     where none is one token."""
-    token, _ = boundary_token_id(tokenizer, SUBSTITUTES[0])
+    token, _ = boundary_token_id(tokenizer, "pause", SUBSTITUTES[0])
     if token is None:
         raise ValueError(f"pause: none of {SUBSTITUTES} is one token of this tokenizer")
     return token
