@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
-    "eval": ["datasets>=4", "pyarrow>=21"],
+    "eval": ["datasets>=4", "pyarrow>=21", "lm-eval>=0.4.13"],
     "peft": ["peft>=0.17"],
     "tensorboard": ["tensorboard>=2.20"],
     "trl": ["trl>=1.16"],
@@ -19,6 +19,7 @@ EXTRAS = {
         "peft>=0.17",
         "datasets>=4",
         "pyarrow>=21",
+        "lm-eval>=0.4.13",
         "tensorboard>=2.20",
         "trl>=1.16",
         "lightning>=2.6",

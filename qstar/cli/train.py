@@ -53,6 +53,10 @@ class ModelArguments:
             "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
         },
     )
+    trainable_layers: int | None = field(
+        default=None,
+        metadata={"help": "Freeze the base model but for its last so many layers; default: none is frozen."},
+    )
     gradient_norm_steps: int = field(
         default=0,
         metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
@@ -100,8 +104,8 @@ def main(argv: list[str]) -> int:
     if data_args.streaming:
         args.dataloader_num_workers = 0  # the stream has them
     model = open_model(model_args.model, config, tokenizer)
-    if model_args.freeze_base:
-        model.freeze_base()
+    if model_args.freeze_base or model_args.trainable_layers is not None:
+        model.freeze_base(model_args.trainable_layers or 0)
     if model_args.lora_rank is not None:
         adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
@@ -124,7 +128,7 @@ def main(argv: list[str]) -> int:
     )
     batch = args.per_device_eval_batch_size
     start = held_out(model, held_out_rows, batch, progress="held out, before")
-    hard = hardest(start)
+    hard = hardest(start.base_nll)
     try:
         with tracer or nullcontext():
             result = trainer.train(resume_from_checkpoint=resume)
@@ -164,7 +168,7 @@ def adapt(model: QuietStarForCausalLM, rank: int) -> None:
     ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
     if rank < 1:
         raise ValueError(f"lora_rank = {rank}: must be at least 1")
-    if adapter_name(model.base) or not any(p.requires_grad for p in model.base.parameters()):
+    if adapter_name(model.base) or not all(p.requires_grad for p in model.base.parameters()):
         raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
     try:
         from peft import LoraConfig, get_peft_model

@@ -1,7 +1,7 @@
 """Text to batches: files or any Hugging Face data set -> rows of packed documents -> padded batches."""
 
 from qstar.data.load import load_records, load_rows
-from qstar.data.packing import ShuffledBatches, collate, encode, pack_rows, text_rows
+from qstar.data.packing import ShuffledBatches, collate, encode, left_padded, pack_rows, text_rows
 from qstar.data.sources import DataArguments, document_text
 from qstar.data.stream import RowStream
 
@@ -12,6 +12,7 @@ __all__ = [
     "collate",
     "document_text",
     "encode",
+    "left_padded",
     "load_records",
     "load_rows",
     "pack_rows",

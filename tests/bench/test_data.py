@@ -5,7 +5,8 @@ import json
 import pytest
 from qstar_bench import data
 from qstar_bench.data import POINTS, DataBenchArguments, main
-from qstar_bench.run import WrongResultError
+
+from qstar.runs import WrongResultError
 
 
 @pytest.mark.parametrize("options", [["--kind", "json.gz"], ["--spans", "random"]], ids=" ".join)

@@ -11,7 +11,9 @@ from shards import made_up, write_shard
 from tiny_tokenizer import saved_base_model
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
+from qstar.cli.eval_inputs import EvalArguments
 from qstar.cli.main import main
+from qstar.cli.options import parse_options
 from qstar.cli.train import accumulation, parse
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +56,12 @@ def test_the_commands_of_a_recipe_are_understood(monkeypatch, name):
     assert all(f"recipes/{RECIPES[name].name}" in command for command in training)
     assert every[0].lora_rank is None and adapters[0].lora_rank == 16
     assert adapters[3].gradient_checkpointing
-    evaluation = [command for command in found if command[:2] == ["qstar", "eval"]]
-    assert [command[command.index("--task") + 1] for command in evaluation] == ["gsm8k", "commonsense_qa"]
-    folder, base = every[3].output_dir, every[0].model
-    assert all(command[2:6] == ["--model", folder, "--before", base] for command in evaluation)
+    evaluation = [command[2:] for command in found if command[:2] == ["qstar", "eval"]]
+    assert all(command[-2:] == ["--device", "cuda"] for command in evaluation)
+    asked = [parse_options((EvalArguments,), command[:-2], "qstar eval")[0] for command in evaluation]
+    assert [each.task for each in asked] == ["gsm8k", "commonsense_qa"]
+    assert {(each.model, each.before) for each in asked} == {(every[3].output_dir, every[0].model)}
+    assert [command[:2] for command in found[len(training) :]] == [["qstar", "eval"]] * 2
 
 
 def open_web_math(folder):
