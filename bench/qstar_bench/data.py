@@ -33,8 +33,7 @@ from qstar_bench import plots
 
 TALK_LENGTH = 4
 POINTS = 10  # of a pass at which memory is looked at
-SENTENCES, WORDS = 20_000, 8_000
-LETTERS = np.array(list("etaoinshrdlcumwfgypbvk"))
+SENTENCES, WORDS = 20_000, 20_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Preset:
     window: int = 2**20
 
 
-PRESETS = {"1gb": Preset(1024, 40), "small": Preset(64, 20), "smoke": Preset(0.2, 10, 2**13)}
+PRESETS = {"1gb": Preset(1024, 40), "small": Preset(64, 20), "smoke": Preset(0.2, 10, 2**11)}
 
 
 @dataclass
@@ -81,15 +80,16 @@ class DataBenchArguments:
         report.check_folder("plot", self.plot)
 
 
-def write_stream(folder: Path, preset: Preset, kind: str, progress: bool) -> int:
+def write_stream(folder: Path, preset: Preset, kind: str, tokenizer, progress: bool) -> int:
     """Writes the shards; gives the number of documents. Their lengths are log-normal, half of them under
-    2,000 characters; a document is sentences drawn from a pool, so that making it costs little."""
+    2,000 characters; a document is sentences from a pool, of the tokenizer's own words, the first the
+    commonest."""
     draw = np.random.default_rng(0)
-    lengths = draw.geometric(0.22, WORDS) + 1
-    words = ["".join(draw.choice(LETTERS, length)) for length in lengths]
-    often = 1 / np.arange(1, WORDS + 1)
-    picked = draw.choice(WORDS, (SENTENCES, 16), p=often / often.sum())
-    pool = [" ".join(words[i] for i in row[: 4 + n % 13]).capitalize() + ". " for n, row in enumerate(picked)]
+    words = [tokenizer.decode([i]).strip() for i in range(min(len(tokenizer), WORDS))]
+    words = [word for word in words if len(word) > 1 and word.isalpha()]
+    often = 1 / np.arange(1, len(words) + 1)
+    picked = draw.choice(len(words), (SENTENCES, 16), p=often / often.sum())
+    pool = [" ".join(words[i] for i in row[: 4 + n % 13]) + ". " for n, row in enumerate(picked)]
     characters = sum(map(len, pool)) / SENTENCES
     documents = 0
     for number in tqdm(range(preset.shards), desc="write shards", disable=not progress):
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> int:
             text=[name], span_length=args.span_length, spans=args.spans, streaming=True, held_out_rows=1
         )
         source.check(TALK_LENGTH)
-        documents = write_stream(Path(name), preset, args.kind, not output.json)
+        documents = write_stream(Path(name), preset, args.kind, tokenizer, not output.json)
         for workers in args.workers:
             make = partial(RowStream, source, tokenizer, TALK_LENGTH, 0, workers, preset.window)
             found = one_pass(make(), args, not output.json)
