@@ -45,7 +45,7 @@ class Preset:
     window: int = 2**20
 
 
-PRESETS = {"1gb": Preset(1024, 40), "small": Preset(64, 20), "smoke": Preset(0.2, 10, 2**11)}
+PRESETS = {"1gb": Preset(1024, 40), "small": Preset(64, 20), "smoke": Preset(0.6, 10, 2**11)}
 
 
 @dataclass
