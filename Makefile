@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench models gpu clean
+.PHONY: setup demo proof-real test lint bench models gpu clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/qstar demo
+
+# a built two-hop task on real facts: make proof-real MODEL=FOLDER, where SmolLM2-135M lies
+SEEDS ?= 0
+proof-real: $(READY)
+	$(BIN)/qstar proof-real --model '$(MODEL)' --seeds $(SEEDS)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

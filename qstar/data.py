@@ -223,18 +223,19 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
     Labels come from the mask, never from the padding's token id: an end-of-text token that is also the
     padding token is learned. The first token of a document is no target: nothing predicts it, and a trainer
-    that counts labels to weigh micro-batches must not count it.
+    that counts labels to weigh micro-batches must not count it. Rows may bring labels of their own, and a
+    think_mask (1: think after this token), where all of them do.
     """
     length = max(len(row["input_ids"]) for row in rows)
-    batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in ("input_ids", "position_ids")}
-    batch["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.long)
+    names = [n for n in ("input_ids", "position_ids", "labels", "think_mask") if n in rows[0]]
+    batch = {name: torch.zeros(len(rows), length, dtype=torch.long) for name in (*names, "attention_mask")}
     for i, row in enumerate(rows):
         tokens = len(row["input_ids"])
-        for name in ("input_ids", "position_ids"):
+        for name in names:
             batch[name][i, :tokens] = torch.tensor(row[name])
         batch["attention_mask"][i, :tokens] = 1
     no_target = (batch["attention_mask"] == 0) | (batch["position_ids"] == 0)
-    batch["labels"] = batch["input_ids"].masked_fill(no_target, IGNORE)
+    batch["labels"] = batch.get("labels", batch["input_ids"]).masked_fill(no_target, IGNORE)
     return batch
 
 

@@ -44,6 +44,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Train only the mixing head and the boundary embeddings."},
     )
+    trainable_layers: int | None = field(
+        default=None,
+        metadata={"help": "Freeze the base model but for its last so many layers; default: none is frozen."},
+    )
     gradient_norm_steps: int = field(
         default=0,
         metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
@@ -81,8 +85,8 @@ def main(argv: list[str]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
     train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
     model = open_model(model_args.model, config, tokenizer)
-    if model_args.freeze_base:
-        model.freeze_base()
+    if model_args.freeze_base or model_args.trainable_layers is not None:
+        model.freeze_base(model_args.trainable_layers or 0)
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":

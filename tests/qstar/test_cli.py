@@ -140,7 +140,8 @@ def test_a_tokenizer_without_an_em_dash_is_told_what_is_used_instead(text, tmp_p
     options = SIZES | RUN | {"max_steps": 1, "output_dir": tmp_path / "out"}
     code, _, _ = call(capsys, "train", "--model", model, "--text", text, *flags(**options))
     assert code == 0
-    assert "boundary_token = '—' is no single token of this model: using -" in caplog.text
+    for name in ("start_token", "end_token"):
+        assert f"{name} = '—' is no single token of this model: using -" in caplog.text
 
 
 def test_generate_prints_the_same_text_for_a_prompt_alone_and_in_a_batch(capsys, trained):
@@ -191,6 +192,22 @@ def test_a_frozen_base_comes_out_of_training_as_it_went_in(capsys, base, text, t
     for name, x in begun.state_dict().items():
         assert torch.equal(x, model.base.state_dict()[name]), name
     assert model.mixing.layers[-1].weight.abs().sum() > 0
+
+
+def test_the_knobs_of_thoughts_are_options_and_the_last_layers_alone_move(capsys, base, text, tmp_path):
+    knobs = {"start_token": " the", "end_token": "-", "talk_weight": 1.0, "base_weight": 0.0}
+    knobs |= {"advantage": "normalized", "writer": "base", "policy_weight": 0.0, "trainable_layers": 1}
+    options = flags(**SIZES | RUN | knobs | {"output_dir": tmp_path, "boundary_scale": 1.0})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, *options)
+    assert code == 0, err
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    written = {name: getattr(model.quiet_star, name) for name in knobs if name != "trainable_layers"}
+    assert written == {name: value for name, value in knobs.items() if name != "trainable_layers"}
+    begun = begun.state_dict()
+    moved = {n for n, x in model.base.state_dict().items() if not torch.equal(x, begun[n])}
+    assert moved and all(".layers.1." in n or n == "model.norm.weight" for n in moved)
+    writer = dict(model.writer.base.named_parameters())
+    assert all(torch.equal(writer[n], begun[n]) for n in writer)
 
 
 UNSUPPORTED = {
