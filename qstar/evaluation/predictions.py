@@ -97,7 +97,8 @@ def predict(
     config = evaluated(model.quiet_star, thinking.temperature)
     layout = ThoughtLayout.plan(rows, at, config)
     parts = list(layout.chunks(config.chunk_positions or layout.positions.shape[1]))
-    own = torch.cat([model.sample_thoughts(keys_values, part, config, generator) for _, part in parts], 1)
+    written_on = model.authors_text(batch["input_ids"], rows, keys_values)
+    own = torch.cat([model.sample_thoughts(written_on, part, config, generator) for _, part in parts], 1)
     for way in ways:
         if way == "without":
             continue
@@ -144,7 +145,7 @@ def shuffled(thoughts: Tensor, valid: Tensor, generator: torch.Generator | None 
 def pause_token(tokenizer) -> int:
     """The token that a pause repeats: a dash, or what else the boundaries may begin from. Raises ValueError
     where none is one token."""
-    token, _ = boundary_token_id(tokenizer, SUBSTITUTES[0])
+    token, _ = boundary_token_id(tokenizer, "pause", SUBSTITUTES[0])
     if token is None:
         raise ValueError(f"pause: none of {SUBSTITUTES} is one token of this tokenizer")
     return token
