@@ -355,7 +355,9 @@ def test_chains_are_cut_asked_and_voted_on(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(MajorityVote, "_continued", continued)
     task = MajorityVote(asked, tokenizer, votes=3, chain_tokens=20)
-    found = task.score(model, [0, 1], ("without",), Thinking(), torch.Generator())["without"]
+    both = task.score(model, [0, 1], ("without", "thoughts"), Thinking(), torch.Generator())
+    assert [think for *_, think in seen] == ["never", "never", "always", "always"]
+    found = both["without"]
     assert found[0] == {"answers": [12, 12, 7], "chain": pytest.approx(2 / 3), "majority": 1}
     assert found[1] == {"answers": [3, None, None], "chain": pytest.approx(1 / 3), "majority": 0}
     begin = "Q: How many?\nA: Let's think step by step."
