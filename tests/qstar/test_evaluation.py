@@ -87,10 +87,10 @@ def test_soft_and_argmax_scores_of_fifty_questions_equal_ten_lines_of_numpy(tmp_
                 if c in allowed:  # a comma is read, not scored
                     p = {of: np.exp(head[token] @ h) for of, token in ids.items()}
                     product, best = product * p[c] / sum(p.values()), best and p[c] == max(p.values())
-            assert found[way][i]["soft"] == pytest.approx(product, abs=1e-6)
+            assert found[way][i]["soft"] == pytest.approx(product, rel=1e-5, abs=1e-9)
             assert found[way][i]["argmax"] == best
-    for way in found:  # else 1e-6 would hold for anything
-        assert max(x["soft"] for x in found[way]) > 1e-3
+    assert max(x["soft"] for x in found["thoughts"]) > 1e-3
+    assert 0 < sum(x["argmax"] for x in found["without"]) < 50
     assert found["without"] != found["thoughts"]
 
 
@@ -103,7 +103,7 @@ def test_scores_of_a_batch_equal_one_plain_forward_a_token(model, tokenizer, bat
     for i, item in enumerate(items):
         for way, logits in (("without", slow.logits), ("thoughts", slow.with_thought)):
             soft, best = teacher_forced(item.input_ids, [t + 1 for t in item.at], item.allowed, logits)
-            assert found[way][i]["soft"] == pytest.approx(soft, abs=1e-6)
+            assert found[way][i]["soft"] == pytest.approx(soft, rel=1e-3, abs=1e-9)
             assert found[way][i]["argmax"] == best
 
 
