@@ -28,8 +28,8 @@ from qstar import report
 from qstar.cli.options import parse_options
 from qstar.data import DataArguments, RowStream, collate
 from qstar.demo import TINY_LM
-from qstar_bench import plots
 from qstar.runs import TableArguments, WrongResultError, finish, machine
+from qstar_bench import plots
 
 TALK_LENGTH = 4
 POINTS = 10  # of a pass at which memory is looked at

@@ -5,6 +5,7 @@ import json
 import pytest
 from qstar_bench import data
 from qstar_bench.data import POINTS, DataBenchArguments, main
+
 from qstar.runs import WrongResultError
 
 
