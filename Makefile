@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint compat bench models gpu clean
+.PHONY: setup demo proof-real test lint compat bench models gpu clean
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,11 @@ setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/qstar demo
+
+# a built two-hop task on real facts: make proof-real MODEL=FOLDER, where SmolLM2-135M lies
+SEEDS ?= 0
+proof-real: $(READY)
+	$(BIN)/qstar proof-real --model '$(MODEL)' --seeds $(SEEDS)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

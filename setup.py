@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "eval": ["datasets>=4"],
+    "eval": ["datasets>=4", "pyarrow>=21", "lm-eval>=0.4.13"],
     "peft": ["peft>=0.17"],
     "tensorboard": ["tensorboard>=2.20"],
     "trl": ["trl>=1.16", "datasets>=4"],
@@ -38,6 +38,9 @@ setup(
         "tabulate",
         "matplotlib",
         "pyyaml",
+        "numpy",
+        "fsspec",
+        "psutil>=6",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qstar = qstar.cli.main:main"]},

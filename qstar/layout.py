@@ -97,7 +97,7 @@ class ThoughtLayout:
     padded; prefix_start, prefix_end [B, N] int32: the prefix keys of each block (empty where padded);
     slot_position_ids [B, N, L] int64; talk_index [B, P, m] int64: t + j, the token whose base prediction is
     mixed, and after j = 0 the talk token that is fed; target_valid [B, P, m] bool: x_{t+1+j} is a target;
-    rewarded [B, P] bool: enters the policy loss (t <= T - 2 - m of its text, with a target); tokens: T.
+    rewarded [B, P] bool: enters the policy loss (t <= T - 2 - m of its text, with a target); rows: the texts.
     """
 
     positions: Tensor
@@ -108,13 +108,13 @@ class ThoughtLayout:
     talk_index: Tensor
     target_valid: Tensor
     rewarded: Tensor
-    tokens: int
+    rows: TextRows
     num_thoughts: int
 
     @property
     def target_index(self) -> Tensor:
         """[B, P, m]: t + 1 + j, kept inside the row."""
-        return (self.talk_index + 1).clamp(max=self.tokens - 1)
+        return (self.talk_index + 1).clamp(max=self.rows.is_text.shape[1] - 1)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
         """The same blocks, `size` positions of each row at a time: (which positions, their layout)."""
@@ -143,20 +143,32 @@ class ThoughtLayout:
         config: QuietStarConfig,
         entropy: Tensor | None = None,
         generator: torch.Generator | None = None,
+        think_mask: Tensor | None = None,
     ) -> ThoughtLayout:
         """Choose the thinking positions among those that predict anything, and lay out their blocks.
 
-        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain'.
+        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain';
+        think_mask [B, T]: think at all of these where it is not 0, and at no others.
         """
         B, T = predicts.shape
         device = predicts.device
         scored = rows.scored(predicts, config.talk_length)
         candidate = scored.any(-1)
+        if think_mask is not None:
+            if think_mask.shape != predicts.shape:
+                raise ValueError(
+                    f"think_mask has shape {tuple(think_mask.shape)}: must be that of input_ids, {(B, T)}"
+                )
+            candidate = candidate & (think_mask != 0)
+            if not bool(candidate.any()):
+                raise ValueError("think_mask: no position that it chooses has a target after it")
 
         # 0.3 * 50 must count as 15, though 0.3 has no exact binary form
         wanted = (candidate.sum(1).double() * config.thinking_fraction - 1e-9).ceil().long()
-        counts = wanted.clamp(min=1).minimum(candidate.sum(1))
-        if config.thinking_positions == "all":
+        counts = candidate.sum(1)
+        if think_mask is None:
+            counts = wanted.clamp(min=1).minimum(counts)
+        if think_mask is not None or config.thinking_positions == "all":
             score = torch.zeros(B, T, device=device)
         elif config.thinking_positions == "random":
             source = generator.device if generator is not None else device
@@ -206,6 +218,6 @@ class ThoughtLayout:
             talk_index=talk_index,
             target_valid=target_valid,
             rewarded=whole & target_valid.any(-1),
-            tokens=T,
+            rows=rows,
             num_thoughts=R,
         )

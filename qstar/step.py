@@ -17,6 +17,7 @@ from qstar_kernels.vocabulary import (
     entropy,
     log_prob,
     mixed_nll,
+    nll,
     weighted_mixed_nll,
     weighted_nll,
 )
@@ -30,7 +31,10 @@ from qstar.layout import IGNORE, TextRows, ThoughtLayout
 from qstar.phases import LOSS, phase
 
 if TYPE_CHECKING:
+    from qstar.config import QuietStarConfig
     from qstar.model import QuietStarForCausalLM
+
+TALK_TARGETS = 256  # that are predicted by a thought alone only to be looked at: a few rows of logits
 
 
 @dataclass
@@ -62,12 +66,15 @@ class Thoughts:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What the thoughts' part of the loss is made of: mixed_loss and policy with their graph; mixed (NLLs),
-    mix_weight [B, P, R, m], reward and advantage [B, P, R] without."""
+    """What the thoughts' part of the loss is made of: mixed_loss, talk_loss and policy with their graph;
+    mixed and talk (NLLs; talk is NaN where it was not looked at), mix_weight [B, P, R, m], reward and
+    advantage [B, P, R] without."""
 
     mixed_loss: Tensor
+    talk_loss: Tensor
     policy: Tensor
     mixed: Tensor
+    talk: Tensor
     mix_weight: Tensor
     reward: Tensor
     advantage: Tensor
@@ -80,7 +87,8 @@ _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 @dataclass(frozen=True)
 class _Step:
     """A batch after the pass over its text; next_label [B, T]: the target of each position, 0 where it has
-    none; base_nll [B, T] fp32 without gradient."""
+    none; base_nll [B, T] fp32 without gradient; talk_stride: every so many targets are also predicted by the
+    thought alone, all of them where that enters the loss."""
 
     model: QuietStarForCausalLM
     head: LinearHead
@@ -89,6 +97,7 @@ class _Step:
     text: TextKeysValues
     next_label: Tensor
     base_nll: Tensor
+    talk_stride: int
 
     def at(self, values: Tensor, layout: ThoughtLayout) -> Tensor:
         """[B, T] -> [B, P, 1, m] at the tokens whose prediction is mixed."""
@@ -113,6 +122,17 @@ class _Step:
         )
         return every, operands, lambda x: x.new_zeros(every.shape).masked_scatter(every, x)
 
+    def talk_nll(self, every: Tensor, operands: _Mixture) -> Tensor:
+        """NLL after the thought alone [B, P, R, m], with gradient where it enters the loss; NaN where it was
+        not looked at."""
+        _, talk_hidden, _, head, targets = operands
+        looked = slice(None, None, self.talk_stride)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.quiet_star.talk_weight > 0):
+            found = nll(talk_hidden[looked], head, targets[looked])
+        flat = found.new_full(targets.shape, torch.nan)
+        flat[looked] = found
+        return found.new_full(every.shape, torch.nan).masked_scatter(every, flat)
+
     def reward(self, layout: ThoughtLayout, mixed: Tensor) -> Tensor:
         return objective.reward(self.at(self.base_nll, layout), mixed, layout.target_valid[:, :, None])
 
@@ -136,6 +156,7 @@ def training_step(
     position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     thoughts: Tensor | None = None,
+    think_mask: Tensor | None = None,
 ) -> QuietStarOutput:
     """See `QuietStarForCausalLM.forward`."""
     config = model.quiet_star
@@ -159,14 +180,18 @@ def training_step(
         base_loss, flat = weighted_nll(text_hidden[predicts], head, targets, mean)
     base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
     unsure = None
-    if config.thinking_positions == "uncertain":
+    if config.thinking_positions == "uncertain" and think_mask is None:
         candidate = rows.scored(predicts, config.talk_length).any(-1)
         with torch.no_grad():
             unsure = flat.new_zeros(predicts.shape).masked_scatter(
                 candidate, entropy(text_hidden[candidate], head)
             )
-    layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
-    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll)
+    layout = ThoughtLayout.plan(
+        rows, predicts, config, entropy=unsure, generator=generator, think_mask=think_mask
+    )
+    targets_in_all = layout.num_thoughts * int(layout.target_valid.sum())
+    stride = 1 if config.talk_weight else -(-targets_in_all // TALK_TARGETS)
+    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, stride)
     if config.chunk_positions is None:
         scores = _all_at_once(step, layout, thoughts, generator)
     else:
@@ -175,11 +200,12 @@ def training_step(
     share: float | Tensor = 1.0
     if num_items_in_batch is not None:
         share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
-    nll_loss = share * (config.base_weight * base_loss + (1 - config.base_weight) * scores.mixed_loss)
+    nll_loss = config.base_weight * base_loss + (1 - config.base_weight) * scores.mixed_loss
+    nll_loss = share * (nll_loss + config.talk_weight * scores.talk_loss)
     policy_loss = share * config.policy_weight * scores.policy
     return QuietStarOutput(
         loss=nll_loss + policy_loss,
-        metrics=_metrics(base_loss, scores, layout),
+        metrics=_metrics(base_loss, scores, layout, step.at(base_nll, layout)),
         nll_loss=nll_loss,
         policy_loss=policy_loss,
     )
@@ -191,24 +217,35 @@ def _all_at_once(
     """The weights of every NLL are known when it is made, so one pass over its logits gives gradients too."""
     config = step.model.quiet_star
     if thoughts is None:
-        thoughts = step.model.sample_thoughts(step.text, layout, config, generator)
+        written_on = step.model.authors_text(step.input_ids, layout.rows, step.text)
+        thoughts = step.model.sample_thoughts(written_on, layout, config, generator)
     thought = step.read(layout, thoughts)
     with phase(LOSS):
         every, operands, laid_out = step.mixture(thought)
         weights = objective.mixed_weights(layout.target_valid[:, :, None], layout.num_thoughts)[every]
         mixed_loss, mixed = weighted_mixed_nll(*operands, weights)
         mixed = laid_out(mixed)
+        talk = step.talk_nll(every, operands)
         reward = step.reward(layout, mixed)
-        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
+        advantage = objective.advantage(reward, layout.rewarded, config.advantage)
         # the other thoughts add exactly zero
-        chosen = advantage > 0
+        chosen = (advantage > 0) & (config.policy_weight > 0)
         token_weights = objective.policy_weights(advantage[chosen], config.thought_length, _rewarded(layout))
         policy, _ = weighted_nll(
             **step.written(thought, chosen),
             targets=thoughts[chosen].flatten(),
             weights=token_weights.repeat_interleave(config.thought_length),
         )
-    return _Scores(mixed_loss, policy, mixed, thought.mix_weight.detach(), reward, advantage)
+    talk_loss = _talk_loss(config, talk, layout)
+    return _Scores(
+        mixed_loss, talk_loss, policy, mixed, talk.detach(), thought.mix_weight.detach(), reward, advantage
+    )
+
+
+def _talk_loss(config: QuietStarConfig, talk: Tensor, layout: ThoughtLayout) -> Tensor:
+    if not config.talk_weight:
+        return talk.new_zeros(())
+    return objective.mixed_loss(talk, layout.target_valid[:, :, None])[0]
 
 
 def _by_chunks(
@@ -229,18 +266,21 @@ def _by_chunks(
         source = step.text_hidden.device if generator is None else generator.device
         uniform = torch.rand(k, B, P * R, dtype=torch.float64, generator=generator, device=source)
         uniform = uniform.to(step.text_hidden.device)
+        written_on = model.authors_text(step.input_ids, layout.rows, step.text)
 
-    def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mixed NLL, w [B, p, R, m]; log-probability of each thought that gains [B, p, R], else 0)."""
+    def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(mixed NLL, NLL after the thought alone, w [B, p, R, m]; log-probability of each thought that gains
+        [B, p, R], else 0)."""
         thought = step.read(part, tokens)
         with phase(LOSS):
-            _, operands, laid_out = step.mixture(thought)
-            mixed = laid_out(mixed_nll(*operands))
+            every, operands, laid_out = step.mixture(thought)
+            mixed, talk = laid_out(mixed_nll(*operands)), step.talk_nll(every, operands)
             chosen = objective.advantage(step.reward(part, mixed.detach()), part.rewarded) > 0
+            chosen &= config.policy_weight > 0
             written = tokens[chosen]  # [thoughts that gain, k]
             each = log_prob(**step.written(thought, chosen), tokens=written.flatten())
             log_p = each.new_zeros(chosen.shape).masked_scatter(chosen, each.view(written.shape).sum(-1))
-        return mixed, thought.mix_weight, log_p
+        return mixed, talk, thought.mix_weight, log_p
 
     found = []
     for at, part in layout.chunks(positions):
@@ -248,15 +288,18 @@ def _by_chunks(
             tokens = thoughts[:, at]
         else:
             numbers = uniform[:, :, at.start * R : at.stop * R]  # type: ignore[index]
-            tokens = model.sample_thoughts(step.text, part, config, uniform=numbers)
+            tokens = model.sample_thoughts(written_on, part, config, uniform=numbers)
         found.append(checkpoint(score, part, tokens, use_reentrant=False))
-    mixed, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found))
+    mixed, talk, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found))
     with phase(LOSS):
         mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None])
         reward = step.reward(layout, mixed.detach())
-        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
+        advantage = objective.advantage(reward, layout.rewarded, config.advantage)
         policy = -(objective.policy_weights(advantage, k, _rewarded(layout)) * log_p).sum()
-    return _Scores(mixed_loss, policy, mixed.detach(), mix_weight.detach(), reward, advantage)
+        talk_loss = _talk_loss(config, talk, layout)
+    return _Scores(
+        mixed_loss, talk_loss, policy, mixed.detach(), talk.detach(), mix_weight.detach(), reward, advantage
+    )
 
 
 def _rewarded(layout: ThoughtLayout) -> Tensor:
@@ -265,12 +308,17 @@ def _rewarded(layout: ThoughtLayout) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(base_loss: Tensor, scores: _Scores, layout: ThoughtLayout) -> dict[str, Tensor]:
+def _metrics(
+    base_loss: Tensor, scores: _Scores, layout: ThoughtLayout, base_nll: Tensor
+) -> dict[str, Tensor]:
+    """base_nll [B, P, 1, m]: of the tokens that are predicted after a thought."""
     valid = layout.target_valid[:, :, None]
+    every = valid.expand(scores.mixed.shape)
+    looked = every & ~scores.talk.isnan()
     rewarded = layout.rewarded[..., None].expand(scores.reward.shape)
     mixed_loss, steps = objective.mixed_loss(scores.mixed, valid)
     reward_mean, reward_std = objective.spread(scores.reward, rewarded)
-    weight_mean, weight_std = objective.spread(scores.mix_weight, valid.expand(scores.mixed.shape))
+    weight_mean, weight_std = objective.spread(scores.mix_weight, every)
     return {
         "base_nll": base_loss.detach(),
         "mixed_nll": mixed_loss,
@@ -279,6 +327,8 @@ def _metrics(base_loss: Tensor, scores: _Scores, layout: ThoughtLayout) -> dict[
         "reward_std": reward_std,
         "mix_weight_mean": weight_mean,
         "mix_weight_std": weight_std,
+        "mix_weight_positive": objective.masked_mean((scores.mix_weight > 0).float(), every),
+        "talk_gain": objective.masked_mean(base_nll - scores.talk, looked),
         "policy_loss": scores.policy.detach(),
         "positive_advantages": objective.masked_mean((scores.advantage > 0).float(), rewarded),
         "thoughts": layout.valid.sum() * layout.num_thoughts,

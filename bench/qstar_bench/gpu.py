@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from qstar import report
 from qstar.cli.options import parse_options
 from qstar.demo import TINY_LM
-from qstar_bench.run import TableArguments, check_device, finish, machine
+from qstar.runs import TableArguments, check_device, finish, machine
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = {"slots": 14, "heads": 32, "kv_heads": 8, "width": 128}  # attention of Mistral-7B, k 9, m 4

@@ -11,11 +11,11 @@ from qstar_bench import gpu
 from qstar_bench.attention_plan import AttentionArguments
 from qstar_bench.generate import GenerateArguments
 from qstar_bench.gpu import Stage, counts, stages
-from qstar_bench.run import OutputArguments
 from qstar_bench.step_ways import StepArguments
 
 from qstar.cli.main import main
 from qstar.cli.options import parse_options
+from qstar.runs import OutputArguments
 
 ARGUMENTS = {"attention": AttentionArguments, "generate": GenerateArguments, "step": StepArguments}
 

