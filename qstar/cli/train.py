@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from qstar import checkpoint, report
+from qstar.adapters import adapter_name
 from qstar.callbacks import last_complete_checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
@@ -45,6 +47,12 @@ class ModelArguments:
     freeze_base: bool = field(
         default=False,
         metadata={"help": "Train only the mixing head and the boundary embeddings."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
+        },
     )
     trainable_layers: int | None = field(
         default=None,
@@ -86,6 +94,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConf
 
 def main(argv: list[str]) -> int:
     model_args, data_args, config, args = parse(argv)
+    check_loggers(args.report_to)
     tracer = TraceSteps(model_args.trace) if model_args.trace is not None else None
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
@@ -99,6 +108,8 @@ def main(argv: list[str]) -> int:
     model = open_model(model_args.model, config, tokenizer)
     if model_args.freeze_base or model_args.trainable_layers is not None:
         model.freeze_base(model_args.trainable_layers or 0)
+    if model_args.lora_rank is not None:
+        adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
@@ -154,6 +165,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def adapt(model: QuietStarForCausalLM, rank: int) -> None:
+    """LoRA on every linear layer of the base model but its head, which then learns nothing else. Raises
+    ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
+    if rank < 1:
+        raise ValueError(f"lora_rank = {rank}: must be at least 1")
+    if adapter_name(model.base) or not all(p.requires_grad for p in model.base.parameters()):
+        raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora_rank = {rank}: needs the package peft; pip install 'qstar[peft]'") from error
+    get_peft_model(model.base, LoraConfig(r=rank, target_modules="all-linear"))
+
+
 def accumulation(args: TrainArguments, span_length: int) -> int:
     """Micro-batches of a step, so that the rows of all processes have `tokens_per_step` tokens.
 
@@ -174,6 +199,17 @@ def accumulation(args: TrainArguments, span_length: int) -> int:
             f"rows of span_length = {span_length} at once on all processes"
         )
     return steps
+
+
+def check_loggers(names: list[str]) -> None:
+    """Raises ValueError for one that is not installed: the Trainer would say so after the data were read."""
+    installed = get_available_reporting_integrations()
+    missing = [name for name in names if name not in installed]
+    if missing:
+        extra = "; pip install 'qstar[tensorboard]'" if "tensorboard" in missing else ""
+        raise ValueError(
+            f"report_to = {missing}: must be none, all or among the installed loggers, {installed}{extra}"
+        )
 
 
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:

@@ -8,6 +8,7 @@ import torch
 from questions import LETTERS, checkpoint, choices_told, sums_told
 from slow_predictions import SlowPredictions, teacher_forced
 from tensor_sizes import LargestTensor
+from tiny_models import thinking_model, tokens
 from tiny_tokenizer import PROSE
 from transformers import AutoTokenizer
 
@@ -126,6 +127,26 @@ def test_shuffled_and_paused_predictions_equal_a_plain_forward_with_those_though
             assert torch.allclose(found[way].logits(model.head)[i], truth, atol=2e-4)
         assert torch.allclose(found["without"].logits(model.head)[i], slow.logits(prefix), atol=2e-4)
     assert sorted(found["shuffled"].tokens.tolist()) == sorted(found["thoughts"].tokens.tolist())
+
+
+@torch.no_grad()
+def test_a_frozen_writers_thoughts_are_those_of_the_model_before_it_learned():
+    model = thinking_model(writer="base", policy_weight=0.0)
+    before = SlowPredictions(model)
+    model.writer.keep(model.base.parameters())
+    torch.manual_seed(0)
+    for parameter in model.base.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    after = SlowPredictions(model)
+    ids = tokens(1, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = predict(model, batch, torch.ones_like(ids, dtype=torch.bool), ("thoughts",))["thoughts"]
+    for t in range(9):
+        prefix = ids[0, : t + 1].tolist()
+        thought = before.greedy_thought(prefix)
+        assert found.tokens[t].tolist() == thought
+        assert torch.allclose(found.logits(model.head)[t], after.logits(prefix, thought), atol=2e-4)
+    assert any(after.greedy_thought(ids[0, : t + 1].tolist()) != found.tokens[t].tolist() for t in range(9))
 
 
 def test_block_chunks_change_no_prediction(model, tokenizer):
@@ -334,7 +355,9 @@ def test_chains_are_cut_asked_and_voted_on(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(MajorityVote, "_continued", continued)
     task = MajorityVote(asked, tokenizer, votes=3, chain_tokens=20)
-    found = task.score(model, [0, 1], ("without",), Thinking(), torch.Generator())["without"]
+    both = task.score(model, [0, 1], ("without", "thoughts"), Thinking(), torch.Generator())
+    assert [think for *_, think in seen] == ["never", "never", "always", "always"]
+    found = both["without"]
     assert found[0] == {"answers": [12, 12, 7], "chain": pytest.approx(2 / 3), "majority": 1}
     assert found[1] == {"answers": [3, None, None], "chain": pytest.approx(1 / 3), "majority": 0}
     begin = "Q: How many?\nA: Let's think step by step."
