@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from qstar import QuietStarForCausalLM
 from qstar.data import collate
+from qstar.evaluation.predictions import predict
 from qstar.layout import TextRows, ThoughtLayout
 from qstar.trainer import QuietStarTrainer
 
@@ -66,6 +67,16 @@ def test_after_learning_it_writes_what_the_base_model_wrote_before(how):
     )
     assert torch.equal(thoughts(frozen, ids), before)
     assert not torch.equal(thoughts(own, ids), before)
+
+
+def test_an_evaluation_asks_it_too():
+    ids = tokens(2, 10, seed=9)
+    model = learned(thinking_model(**GREEDY, **FROZEN))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    everywhere[:, -1] = False  # nothing follows the last token
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = predict(model, batch, everywhere, ways=("thoughts",))["thoughts"]
+    assert torch.equal(found.tokens, thoughts(thinking_model(**GREEDY), ids)[:, :, 0].flatten(0, 1))
 
 
 def test_it_stays_too_where_a_model_learns_in_evaluation_mode():
