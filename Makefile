@@ -32,7 +32,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# all tests on the oldest versions that are promised, in an environment of their own
+# all tests on the oldest versions that setup.py allows, in an environment of their own
 PYTHON312 ?= python3.12
 COMPAT := VENV=.venv-compat PYTHON=$(PYTHON312) CONSTRAINTS=constraints-compat.txt
 compat:

@@ -380,7 +380,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         with its thoughts for the model's context, and a think_mask that leaves no position to think at.
         """
         self._check(input_ids)
-        if self.writer is not None and self.training:
+        if self.writer is not None and torch.is_grad_enabled():  # a model may learn in evaluation mode too
             self.writer.keep(p for p in self.parameters() if p.requires_grad)
         return training_step(
             self,

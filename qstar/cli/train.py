@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from qstar import checkpoint, report
+from qstar.adapters import adapter_name
 from qstar.callbacks import last_complete_checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
@@ -46,6 +47,12 @@ class ModelArguments:
     freeze_base: bool = field(
         default=False,
         metadata={"help": "Train only the mixing head and the boundary embeddings."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
+        },
     )
     trainable_layers: int | None = field(
         default=None,
@@ -101,6 +108,8 @@ def main(argv: list[str]) -> int:
     model = open_model(model_args.model, config, tokenizer)
     if model_args.freeze_base or model_args.trainable_layers is not None:
         model.freeze_base(model_args.trainable_layers or 0)
+    if model_args.lora_rank is not None:
+        adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
@@ -154,6 +163,20 @@ def main(argv: list[str]) -> int:
         }
     )
     return 0
+
+
+def adapt(model: QuietStarForCausalLM, rank: int) -> None:
+    """LoRA on every linear layer of the base model but its head, which then learns nothing else. Raises
+    ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
+    if rank < 1:
+        raise ValueError(f"lora_rank = {rank}: must be at least 1")
+    if adapter_name(model.base) or not all(p.requires_grad for p in model.base.parameters()):
+        raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora_rank = {rank}: needs the package peft; pip install 'qstar[peft]'") from error
+    get_peft_model(model.base, LoraConfig(r=rank, target_modules="all-linear"))
 
 
 def accumulation(args: TrainArguments, span_length: int) -> int:

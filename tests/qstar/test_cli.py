@@ -194,6 +194,32 @@ def test_a_frozen_base_comes_out_of_training_as_it_went_in(capsys, base, text, t
     assert model.mixing.layers[-1].weight.abs().sum() > 0
 
 
+def test_with_lora_rank_adapters_are_trained_and_saved_and_the_base_stays(capsys, base, text, tmp_path):
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, *options)
+    assert code == 0, err
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (
+        tmp_path / "model.safetensors"
+    ).exists()
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    state = model.base.state_dict()
+    for name, x in begun.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(x, state.get(name, state.get(f"{layer}.base_layer.{kind}"))), name
+    moved = [name for name, x in state.items() if "lora_B" in name and x.abs().sum() > 0]
+    assert len(moved) == 2 * 7 and all(x.shape[0] == 4 for name, x in state.items() if "lora_A" in name)
+    assert model.mixing.layers[-1].weight.abs().sum() > 0
+    message = train_fails(capsys, "--model", tmp_path, "--text", text, *options)
+    assert message == "lora_rank = 4: the base model is frozen or has adapters already"
+
+
+def test_without_peft_lora_rank_names_the_extra(capsys, base, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    message = train_fails(capsys, "--model", base, "--text", text, *options)
+    assert message == "lora_rank = 4: needs the package peft; pip install 'qstar[peft]'"
+
+
 def test_the_knobs_of_thoughts_are_options_and_the_last_layers_alone_move(capsys, base, text, tmp_path):
     knobs = {"start_token": " the", "end_token": "-", "talk_weight": 1.0, "base_weight": 0.0}
     knobs |= {"advantage": "normalized", "writer": "base", "policy_weight": 0.0, "trainable_layers": 1}
@@ -243,6 +269,11 @@ REFUSED = {
         ["--span_length", 93],
         "a row of span_length has 93 tokens: with 5 slots for a thought and its talk tokens, 97 positions "
         "exceed the model's context of 96",
+    ),
+    "no rank": (["--lora_rank", 0], "lora_rank = 0: must be at least 1"),
+    "nothing to adapt": (
+        ["--lora_rank", 4, "--trainable_layers", 1],
+        "lora_rank = 4: the base model is frozen",
     ),
     "no config": (["--config"], "--config: needs a YAML file"),
     "missing config": (["--config", "no.yaml"], "No such file or directory: 'no.yaml'"),

@@ -264,43 +264,38 @@ TWO_PROCESSES = """
 import json, sys
 from functools import partial
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
 from test_stream import SPAN, stream
 from qstar.data import collate
 torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-rows = stream(json.loads(sys.argv[1]))
-loader = accelerator.prepare(DataLoader(rows, 3, collate_fn=partial(collate, length=SPAN)))
-found = [batch["input_ids"].tolist() for batch, _ in zip(loader, range(4))]
-print(json.dumps([found, rows.state_dict(24) if accelerator.is_main_process else None]))
+found = []
+for one_reads in (True, False):
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=one_reads))
+    rows = stream(json.loads(sys.argv[1]))
+    loader = accelerator.prepare(DataLoader(rows, 3, collate_fn=partial(collate, length=SPAN)))
+    batches = [batch["input_ids"].tolist() for batch, _ in zip(loader, range(4))]
+    found.append([batches, rows.state_dict(24) if accelerator.is_main_process else None])
+print(json.dumps(found))
 """
 
 
-def test_two_processes_share_the_rows_of_one_in_its_order(shards):
+def test_two_processes_share_the_rows_of_one_in_its_order_whether_one_reads_or_both(shards):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": paths}
     command = [sys.executable, "-c", TWO_PROCESSES, json.dumps(shards)]
-    running = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    (first, state), (second, _) = (
-        json.loads(p.communicate(timeout=300)[0].splitlines()[-1]) for p in running
-    )
+    environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=x) for x in environments]
+    first, second = (json.loads(each.communicate(timeout=300)[0].splitlines()[-1]) for each in running)
     rows = stream(shards)
     loader = DataLoader(rows, 3, collate_fn=partial(collate, length=SPAN))
     expected = [batch["input_ids"].tolist() for batch, _ in zip(loader, range(8))]
-    assert [batch for pair in zip(first, second) for batch in pair] == expected
-    assert state == rows.state_dict(24)
+    for (own, state), (other, _) in zip(first, second):
+        assert [batch for pair in zip(own, other) for batch in pair] == expected
+        assert state == rows.state_dict(24)
 
 
 def test_a_broken_file_is_named_in_one_line(tmp_path):
