@@ -126,6 +126,18 @@ def test_passes_and_seeds_differ_in_order_and_in_nothing_else(shards):
     assert first_rows(rows, 20) == first_rows(rows, 20) == first_rows(stream(shards), 20)
 
 
+def test_every_pass_and_seed_takes_the_shards_one_at_a_time_in_another_order(tmp_path):
+    files = write_shards(tmp_path, TEXTS, count=6)
+    shard_of = {ids: i * 6 // len(TEXTS) for i, ids in enumerate(tokens_of(TEXTS))}
+    orders = []
+    for seed in (0, 1):
+        for rows in passes(stream(files, seed=seed, window=1, span_length=128), 2):
+            taken = [shard_of[ids] for ids in documents(rows)]
+            orders.append([shard for i, shard in enumerate(taken) if i == 0 or shard != taken[i - 1]])
+    assert all(sorted(order) == [*range(6)] for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("spans", ["all", "random"])
 def test_a_stream_goes_on_exactly_where_another_was(shards, spans, workers):
@@ -139,6 +151,19 @@ def test_a_stream_goes_on_exactly_where_another_was(shards, spans, workers):
         assert resumed.state_dict() == state
         assert first_rows(resumed, 70 - at) == expected[at:]
         assert resumed.state_dict()["position"][0] == 1
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json.gz"])
+def test_a_stream_of_lines_goes_on_within_a_shard(tmp_path, ending):
+    rows = stream(write_shards(tmp_path, TEXTS, ending=ending))
+    expected = first_rows(rows, 30)
+    used = [n for n in range(25) if rows.state_dict(n)["position"][2] > 3]
+    assert len(used) > 5
+    for at in used:
+        rows = stream([str(tmp_path)])
+        first_rows(rows, at)
+        rows.load_state_dict(rows.state_dict())
+        assert first_rows(rows, 30 - at) == expected[at:]
 
 
 def test_who_fetches_ahead_tells_how_many_rows_were_used(shards):
