@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "eval": ["datasets>=4", "pyarrow>=21", "lm-eval>=0.4.13"],
+    "data": ["datasets>=4", "pyarrow>=21", "zstandard>=0.22"],
+    "eval": ["lm-eval>=0.4.13"],
     "peft": ["peft>=0.17"],
     "tensorboard": ["tensorboard>=2.20"],
     "trl": ["trl>=1.16", "datasets>=4"],
@@ -33,7 +34,6 @@ setup(
         "accelerate>=1.1",
         "safetensors>=0.5",
         "tokenizers",
-        "numpy",
         "tqdm",
         "tabulate",
         "matplotlib",

@@ -110,6 +110,17 @@ def test_every_package_of_an_extra_has_a_user(extra):
     assert [name for name in sorted(EXTRAS[extra]) if not re.search(rf"\b{name}\b", text)] == []
 
 
+def test_make_compat_pins_the_packages_of_make_test_and_the_oldest_that_setup_allows():
+    pins = {}
+    for name in ("constraints.txt", "constraints-compat.txt"):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        pins[name] = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins["constraints.txt"].keys() == pins["constraints-compat.txt"].keys()
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for name in ("torch", "triton", "transformers"):
+        assert f'"{name}>={pins["constraints-compat.txt"][name].removesuffix(".0")}' in setup
+
+
 def written(node):
     """The expressions that a node sets, changes or deletes."""
     if isinstance(node, ast.Assign | ast.Delete):
