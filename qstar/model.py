@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from qstar_kernels.vocabulary import LinearHead
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
@@ -113,8 +115,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. Of a base
         model with an adapter of peft only the adapter; `merge_adapter` first to have the whole. A crash at
-        any moment leaves the previous checkpoint of that folder loadable."""
+        any moment leaves the previous checkpoint of that folder loadable. Raises ValueError for a model
+        sharded by FSDP2 without its whole state_dict."""
         self._check_whole()
+        if state_dict is None and any(isinstance(p, DTensor) for p in self.parameters()):
+            raise ValueError(
+                "state_dict = None: must be given, for the parameters are sharded; get_model_state_dict of "
+                "torch.distributed.checkpoint.state_dict makes it, in all processes, with the options "
+                "StateDictOptions(full_state_dict=True, cpu_offload=True)"
+            )
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
@@ -189,6 +198,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def head(self) -> LinearHead:
         """The base model's map from hidden states to logits."""
         layer, c = self.base.get_output_embeddings(), self.base.config
+        if isinstance(
+            layer, FSDPModule
+        ):  # sharded apart, it would be gathered when called, which it never is
+            layer.unshard()
         if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
             raise ValueError(
                 f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "
@@ -363,15 +376,29 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where
         not a target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed
-        documents; generator: source of the thoughts (default: torch's own); num_items_in_batch: targets of
-        the whole accumulated batch, by whose share this loss is weighted; thoughts [B, P, R, k]: take these,
-        sample none. Raises ValueError for a text that is too short, or too long with its thoughts for the
-        model's context.
+        documents; generator: source of the thoughts (default: torch's own), in the same state in all
+        processes of torch.distributed (`qstar.noise`); num_items_in_batch: of the whole batch, accumulated
+        or of several processes, that this is a part of: its targets, by whose share this loss is weighted,
+        or the sum of `count_items` over its parts, with which the losses of the parts add up to exactly that
+        of the whole; thoughts [B, P, R, k]: take these, sample none. Raises ValueError for a text that is
+        too short, or too long with its thoughts for the model's context.
         """
         self._check(input_ids)
         return training_step(
             self, input_ids, attention_mask, labels, generator, position_ids, num_items_in_batch, thoughts
         )
+
+    def count_items(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What the means of a batch's loss are over, [m + 2] int64: targets, targets of each talk step,
+        rewarded positions (if every position thinks). Arguments as of `forward`."""
+        rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
+        return rows.items(rows.labels(input_ids, labels), self.quiet_star.talk_length)
 
     def check_length(
         self, tokens: int, name: str = "input_ids", config: QuietStarConfig | None = None
@@ -395,7 +422,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.check_length(T)
         if not self.training:
             return
-        low = {p.dtype for p in self.base.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        learning = [p for p in self.base.parameters() if p.requires_grad]
+        if isinstance(self, FSDPModule):  # what is gathered now may be a copy in a lower precision
+            learning = [p for p in learning if isinstance(p, DTensor)]
+        low = {p.dtype for p in learning} & {torch.bfloat16, torch.float16}
         if low:
             warnings.warn(
                 f"the base model's parameters are {low.pop()}: at small learning rates most of them never "

@@ -20,13 +20,15 @@ from qstar_kernels.vocabulary import (
     weighted_mixed_nll,
     weighted_nll,
 )
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qstar import objective
 from qstar.cache import TextKeysValues
 from qstar.layout import IGNORE, TextRows, ThoughtLayout
+from qstar.noise import rand
 from qstar.phases import LOSS, phase
 
 if TYPE_CHECKING:
@@ -73,6 +75,35 @@ class _Scores:
     advantage: Tensor
 
 
+@dataclass(frozen=True)
+class _Share:
+    """How much of the whole batch's loss the means of this part of it are: factors of the base NLL, the mixed
+    NLL and the policy loss; items: of `objective.mixed_weights`."""
+
+    base: Tensor | float = 1.0
+    mixed: Tensor | float = 1.0
+    policy: Tensor | float = 1.0
+    items: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, whole: Tensor | int | None, rows: TextRows, labels: Tensor, talk_length: int) -> _Share:
+        """whole: `num_items_in_batch` of `QuietStarForCausalLM.forward`."""
+        if whole is None:
+            return cls()
+        if not isinstance(whole, Tensor) or whole.numel() == 1:
+            share = (labels[:, 1:] != IGNORE).sum() / whole
+            return cls(share, share, share)
+        if whole.shape != (talk_length + 2,):
+            raise ValueError(
+                f"num_items_in_batch has shape {tuple(whole.shape)}: must be one number, the targets, or "
+                f"{(talk_length + 2,)}, the sum of `count_items` over the parts of the batch"
+            )
+        own = rows.items(labels, talk_length)
+        whole = whole.to(own.device)
+        share = own / whole.clamp(min=1)
+        return cls(base=share[0], policy=share[-1], items=(own[1:-1], whole[1:-1]))
+
+
 # base hidden, thought hidden, w, head, targets: of `mixed_nll`
 _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 
@@ -80,7 +111,8 @@ _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 @dataclass(frozen=True)
 class _Step:
     """A batch after the pass over its text; next_label [B, T]: the target of each position, 0 where it has
-    none; base_nll [B, T] fp32 without gradient."""
+    none; base_nll [B, T] fp32 without gradient; thoughts [B, P, R, k] that are given, or the numbers uniform
+    [k, B, P * R] to sample them by."""
 
     model: QuietStarForCausalLM
     head: LinearHead
@@ -89,11 +121,22 @@ class _Step:
     text: TextKeysValues
     next_label: Tensor
     base_nll: Tensor
+    share: _Share
+    thoughts: Tensor | None
+    uniform: Tensor | None
 
     def at(self, values: Tensor, layout: ThoughtLayout) -> Tensor:
         """[B, T] -> [B, P, 1, m] at the tokens whose prediction is mixed."""
         B, P, m = layout.talk_index.shape
         return values.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
+
+    def tokens(self, part: ThoughtLayout, at: slice) -> Tensor:
+        """The thoughts [B, p, R, k] of a part of the layout, its positions `at`."""
+        if self.thoughts is not None:
+            return self.thoughts[:, at]
+        blocks = slice(at.start * part.num_thoughts, at.stop * part.num_thoughts)
+        own = self.uniform[:, :, blocks]  # type: ignore[index]
+        return self.model.sample_thoughts(self.text, part, self.model.quiet_star, uniform=own)
 
     def read(self, layout: ThoughtLayout, thoughts: Tensor) -> Thoughts:
         return self.model.read_thoughts(
@@ -140,12 +183,7 @@ def training_step(
     """See `QuietStarForCausalLM.forward`."""
     config = model.quiet_star
     rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
-    if labels is None:
-        labels = input_ids.masked_fill(~rows.is_text, IGNORE)
-    elif labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
-        )
+    labels = rows.labels(input_ids, labels)
     predicts = rows.predicts(labels)
     if not bool(predicts.any()):
         raise ValueError("labels: there is no target in this batch; every label is -100 or first of its text")
@@ -166,17 +204,21 @@ def training_step(
                 candidate, entropy(text_hidden[candidate], head)
             )
     layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
-    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll)
+    share = _Share.of(num_items_in_batch, rows, labels, config.talk_length)
+    uniform = None
+    if thoughts is None:
+        # for all chunks at once: the thoughts do not depend on the chunks
+        B, N = layout.prefix_end.shape
+        uniform = rand(config.thought_length, B, N, generator, text_hidden.device, torch.float64)
+    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, share, thoughts, uniform)
     if config.chunk_positions is None:
-        scores = _all_at_once(step, layout, thoughts, generator)
+        scores = _all_at_once(step, layout)
     else:
-        scores = _by_chunks(step, layout, thoughts, generator, config.chunk_positions)
+        scores = _by_chunks(step, layout, config.chunk_positions)
 
-    share: float | Tensor = 1.0
-    if num_items_in_batch is not None:
-        share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
-    nll_loss = share * (config.base_weight * base_loss + (1 - config.base_weight) * scores.mixed_loss)
-    policy_loss = share * config.policy_weight * scores.policy
+    mixed_loss = share.mixed * (1 - config.base_weight) * scores.mixed_loss
+    nll_loss = share.base * config.base_weight * base_loss + mixed_loss
+    policy_loss = share.policy * config.policy_weight * scores.policy
     return QuietStarOutput(
         loss=nll_loss + policy_loss,
         metrics=_metrics(base_loss, scores, layout),
@@ -185,17 +227,15 @@ def training_step(
     )
 
 
-def _all_at_once(
-    step: _Step, layout: ThoughtLayout, thoughts: Tensor | None, generator: torch.Generator | None
-) -> _Scores:
+def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
     """The weights of every NLL are known when it is made, so one pass over its logits gives gradients too."""
     config = step.model.quiet_star
-    if thoughts is None:
-        thoughts = step.model.sample_thoughts(step.text, layout, config, generator)
+    thoughts = step.tokens(layout, slice(0, layout.positions.shape[1]))
     thought = step.read(layout, thoughts)
     with phase(LOSS):
         every, operands, laid_out = step.mixture(thought)
-        weights = objective.mixed_weights(layout.target_valid[:, :, None], layout.num_thoughts)[every]
+        valid = layout.target_valid[:, :, None]
+        weights = objective.mixed_weights(valid, layout.num_thoughts, step.share.items)[every]
         mixed_loss, mixed = weighted_mixed_nll(*operands, weights)
         mixed = laid_out(mixed)
         reward = step.reward(layout, mixed)
@@ -211,24 +251,10 @@ def _all_at_once(
     return _Scores(mixed_loss, policy, mixed, thought.mix_weight.detach(), reward, advantage)
 
 
-def _by_chunks(
-    step: _Step,
-    layout: ThoughtLayout,
-    thoughts: Tensor | None,
-    generator: torch.Generator | None,
-    positions: int,
-) -> _Scores:
+def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
     """Thoughts are sampled and scored `positions` positions at a time; of a chunk only numbers stay, a few
     for each thought, and backward makes the rest again."""
-    config, model = step.model.quiet_star, step.model
-    B, P = layout.positions.shape
-    R, k = layout.num_thoughts, config.thought_length
-    uniform = None
-    if thoughts is None:
-        # drawn for all chunks at once: the thoughts do not depend on the chunks
-        source = step.text_hidden.device if generator is None else generator.device
-        uniform = torch.rand(k, B, P * R, dtype=torch.float64, generator=generator, device=source)
-        uniform = uniform.to(step.text_hidden.device)
+    config = step.model.quiet_star
 
     def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(mixed NLL, w [B, p, R, m]; log-probability of each thought that gains [B, p, R], else 0)."""
@@ -242,21 +268,32 @@ def _by_chunks(
             log_p = each.new_zeros(chosen.shape).masked_scatter(chosen, each.view(written.shape).sum(-1))
         return mixed, thought.mix_weight, log_p
 
-    found = []
-    for at, part in layout.chunks(positions):
-        if thoughts is not None:
-            tokens = thoughts[:, at]
-        else:
-            numbers = uniform[:, :, at.start * R : at.stop * R]  # type: ignore[index]
-            tokens = model.sample_thoughts(step.text, part, config, uniform=numbers)
-        found.append(checkpoint(score, part, tokens, use_reentrant=False))
-    mixed, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found))
+    chunks = list(layout.chunks(positions))
+    missing = _most_of_all_processes(step.model, chunks=len(chunks)) - len(chunks)
+    found = [
+        checkpoint(score, part, step.tokens(part, at), use_reentrant=False)
+        for at, part in (*chunks, *chunks[-1:] * missing)
+    ]
+    # that of the repeated chunks is never used, but backward must read them again, too
+    unused = sum(0 * x.sum() for repeated in found[len(chunks) :] for x in repeated)
+    mixed, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found[: len(chunks)]))
     with phase(LOSS):
-        mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None])
+        mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None], step.share.items)
+        mixed_loss = mixed_loss + unused
         reward = step.reward(layout, mixed.detach())
         advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
-        policy = -(objective.policy_weights(advantage, k, _rewarded(layout)) * log_p).sum()
+        weights = objective.policy_weights(advantage, config.thought_length, _rewarded(layout))
+        policy = -(weights * log_p).sum()
     return _Scores(mixed_loss, policy, mixed.detach(), mix_weight.detach(), reward, advantage)
+
+
+def _most_of_all_processes(model: QuietStarForCausalLM, chunks: int) -> int:
+    """Sharded layers are gathered by all processes together, so all must read as many chunks."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return chunks
+    most = torch.tensor(chunks, device=model.suppress.device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _rewarded(layout: ThoughtLayout) -> Tensor:
