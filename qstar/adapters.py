@@ -69,6 +69,27 @@ def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
     return base
 
 
+def without(base: Any) -> Any:
+    """The base model, a copy of its own, with its adapter taken out of it."""
+    if adapter_name(base) is None:
+        return base
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, layer in list(base.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base.set_submodule(path, layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            base.set_submodule(path, layer.original_module)
+    _forget(base)
+    return base
+
+
+def _forget(base: Any) -> None:
+    del base.peft_config
+    base._hf_peft_config_loaded = False
+
+
 def merge(base: Any) -> None:
     """Add the adapter to the weights of a base model, which is then a stock model again, with all its weights
     trained. Raises ValueError when it has none, or one that is more than added matrices."""
@@ -85,6 +106,5 @@ def merge(base: Any) -> None:
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
             base.set_submodule(path, layer.get_base_layer())
-    del base.peft_config
-    base._hf_peft_config_loaded = False
+    _forget(base)
     base.requires_grad_(True)

@@ -17,9 +17,11 @@ from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar import checkpoint
+from qstar.data import RowStream
 from qstar.model import QuietStarForCausalLM
 
 STATE = "trainer_state.json"
+STREAM = "RowStream"  # key of its position in there
 
 
 class _Sums:
@@ -52,6 +54,8 @@ class QuietStarCallback(TrainerCallback):
       DeepSpeed, it saves and reads all).
     - If it resumes with another number of processes, whose random numbers were not saved, all begin anew
       from `args.seed` plus the steps done, instead of thinking with the numbers of the first steps again.
+    - A `qstar.data.RowStream` as `train_dataset` goes on where the checkpoint left it, without reading again
+      what was before.
 
     trainer: its model is a QuietStarForCausalLM. resume_from: the folder given to `trainer.train`, if it is
     none of this run's `output_dir`. Raises ValueError for another model, and at the begin of a run that
@@ -90,10 +94,18 @@ class QuietStarCallback(TrainerCallback):
         if logs and "loss" in logs and (metrics := self.collect()):
             self._trainer.log(metrics)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        stream = self._trainer.train_dataset
+        if isinstance(stream, RowStream) and state.is_world_process_zero:
+            # the batches of a loader are fetched ahead: only the trainer knows how many rows it has used
+            taken = state.global_step * self._trainer.get_total_train_batch_size(args)
+            state.stateful_callbacks[STREAM] = stream.state_dict(taken)
+
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             self._begins_from = self._resumed(args, state)
             self._load(self._begins_from)
+            self._seek(args, state)
         if self._hook is not None:
             self._hook.remove()  # of a run that an error ended
         self._hook = self._model.register_forward_hook(self._sums.add)
@@ -117,6 +129,18 @@ class QuietStarCallback(TrainerCallback):
             return  # the Trainer has
         saved = QuietStarForCausalLM.from_pretrained(folder, dtype=next(self._model.base.parameters()).dtype)
         self._model.load_state_dict(saved.state_dict())
+
+    def _seek(self, args, state) -> None:
+        stream = self._trainer.train_dataset
+        if not isinstance(stream, RowStream) or args.ignore_data_skip:
+            return
+        if STREAM not in state.stateful_callbacks:
+            raise ValueError(
+                "resume_from: the checkpoint has no position of a RowStream; it was no stream's run"
+            )
+        # the Trainer drops as many rows as its steps had: they come without being read
+        passed = state.global_step * self._trainer.get_total_train_batch_size(args)
+        stream.load_state_dict(state.stateful_callbacks[STREAM], passed)
 
     def _resumed(self, args, state) -> Path:
         """The folder of the checkpoint whose state the Trainer has read; it tells nobody its path."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TENSORS = "quiet_star.safetensors"
 DESCRIPTION = "quiet_star.json"
 _STAGING, _COMMIT, _MANIFEST = ".staging", ".commit", "manifest.json"
-_THOUGHT_PARTS = ("boundary.", "mixing.")
+_THOUGHT_PARTS = ("boundary.", "mixing.", "writer.")
 _SAMPLE = 1 << 20
 
 
@@ -173,6 +173,9 @@ def load_thought_parts(
 ) -> None:
     """Raises ValueError when a tensor is missing, left over, or of another shape."""
     own = {name: x for name, x in model.state_dict().items() if name.startswith(_THOUGHT_PARTS)}
+    if model.writer is not None:  # a frozen writer has tensors for what has learned
+        written = {f"writer.{name}": x for name, x in model.writer.named_parameters()}
+        own |= {name: x for name, x in written.items() if name in tensors}
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
     if wrong:
         raise ValueError(f"path = {str(source)!r}: {TENSORS} does not fit the base model, in {wrong}")

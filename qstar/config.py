@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 THINKING_POSITIONS = ("all", "random", "uncertain")
+ADVANTAGES = ("paper", "normalized")
+WRITERS = ("self", "base")
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,34 @@ class QuietStarConfig:
         default=0.5,
         metadata={"help": "Share of the plain next-token loss; the mixed loss has the rest; in [0, 1]."},
     )
-    normalize_advantages: bool = field(
-        default=False,
-        metadata={"help": "Divide advantages by the batch's standard deviation of centred rewards."},
+    talk_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the NLL after a thought alone (w = 1), added to the loss; 0 leaves it out."
+        },
+    )
+    advantage: str = field(
+        default="paper",
+        metadata={
+            "help": "paper: the positive part of the centred rewards; normalized: that, divided by their "
+            "standard deviation over the batch."
+        },
+    )
+    writer: str = field(
+        default="self",
+        metadata={
+            "help": "Who writes the thoughts: self, the model that learns; base, the base model as it began, "
+            "frozen (policy_weight must be 0 then)."
+        },
     )
     boundary_scale: float = field(
         default=100.0, metadata={"help": "Learning-rate multiplier of the <start> and <end> embeddings."}
     )
-    boundary_token: str = field(
+    start_token: str = field(
         default="—",
-        metadata={"help": "Text whose embedding <start> and <end> begin from (one token, else a dash)."},
+        metadata={"help": "Text of one token whose embedding <start> begins from; for a dash, some dash."},
     )
+    end_token: str = field(default="—", metadata={"help": "The same of <end>."})
     suppressed_tokens: list[int] | None = field(
         default=None,
         metadata={
@@ -100,6 +119,11 @@ class QuietStarConfig:
         require("reinforce_temperature", self.reinforce_temperature > 0, "positive")
         require("policy_weight", self.policy_weight >= 0, "at least 0")
         require("base_weight", 0 <= self.base_weight <= 1, "in [0, 1]")
+        require("talk_weight", self.talk_weight >= 0, "at least 0")
+        require("advantage", self.advantage in ADVANTAGES, f"one of {ADVANTAGES}")
+        require("writer", self.writer in WRITERS, f"one of {WRITERS}")
+        if self.writer == "base":
+            require("policy_weight", self.policy_weight == 0, "0 when writer is 'base', which learns nothing")
         require(
             "entropy_threshold", self.entropy_threshold is None or self.entropy_threshold >= 0, "at least 0"
         )
@@ -109,7 +133,8 @@ class QuietStarConfig:
             least = self.num_thoughts * self.slots
             require("block_chunk", chunk >= least, f"at least {least}, the slots of one position's thoughts")
         require("boundary_scale", self.boundary_scale > 0, "positive")
-        require("boundary_token", bool(self.boundary_token), "a non-empty text")
+        for name in ("start_token", "end_token"):
+            require(name, bool(getattr(self, name)), "a non-empty text")
 
     @property
     def slots(self) -> int:
@@ -126,7 +151,13 @@ class QuietStarConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuietStarConfig:
-        """Raises ValueError on an unknown key, instead of dropping it."""
+        """Raises ValueError on an unknown key, instead of dropping it; two of earlier checkpoints, which have
+        other names now, are known."""
+        values = dict(values)
+        if "boundary_token" in values:
+            values["start_token"] = values["end_token"] = values.pop("boundary_token")
+        if "normalize_advantages" in values:
+            values["advantage"] = ADVANTAGES[bool(values.pop("normalize_advantages"))]
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -106,11 +106,13 @@ class TextRows:
         last = torch.arange(T, device=scored.device) + m + 2
         return (last <= self.segment_end) & scored.any(-1)
 
-    def items(self, labels: Tensor, talk_length: int) -> Tensor:
-        """What the means of the loss are over if every position thinks, [m + 2] int64: targets; targets of
-        each talk step; rewarded positions."""
+    def items(self, labels: Tensor, talk_length: int, think_mask: Tensor | None = None) -> Tensor:
+        """What the means of the loss are over, if all positions think or those of think_mask [B, T], [m + 2]
+        int64: targets; targets of each talk step; rewarded positions."""
         predicts = self.predicts(labels)
         scored = self.scored(predicts, talk_length)
+        if think_mask is not None:
+            scored = scored & (think_mask != 0)[..., None]
         return torch.cat([predicts.sum()[None], scored.sum((0, 1)), self.rewarded(scored).sum()[None]])
 
 
@@ -122,7 +124,7 @@ class ThoughtLayout:
     padded; prefix_start, prefix_end [B, N] int32: the prefix keys of each block (empty where padded);
     slot_position_ids [B, N, L] int64; talk_index [B, P, m] int64: t + j, the token whose base prediction is
     mixed, and after j = 0 the talk token that is fed; target_valid [B, P, m] bool: x_{t+1+j} is a target;
-    rewarded [B, P] bool: enters the policy loss (t <= T - 2 - m of its text, with a target); tokens: T.
+    rewarded [B, P] bool: enters the policy loss (t <= T - 2 - m of its text, with a target); rows: the texts.
     """
 
     positions: Tensor
@@ -133,13 +135,13 @@ class ThoughtLayout:
     talk_index: Tensor
     target_valid: Tensor
     rewarded: Tensor
-    tokens: int
+    rows: TextRows
     num_thoughts: int
 
     @property
     def target_index(self) -> Tensor:
         """[B, P, m]: t + 1 + j, kept inside the row."""
-        return (self.talk_index + 1).clamp(max=self.tokens - 1)
+        return (self.talk_index + 1).clamp(max=self.rows.is_text.shape[1] - 1)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
         """The same blocks, `size` positions of each row at a time: (which positions, their layout)."""
@@ -168,20 +170,32 @@ class ThoughtLayout:
         config: QuietStarConfig,
         entropy: Tensor | None = None,
         generator: torch.Generator | None = None,
+        think_mask: Tensor | None = None,
     ) -> ThoughtLayout:
         """Choose the thinking positions among those that predict anything, and lay out their blocks.
 
-        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain'.
+        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain';
+        think_mask [B, T]: think at all of these where it is not 0, and at no others.
         """
         B, T = predicts.shape
         device = predicts.device
         scored = rows.scored(predicts, config.talk_length)
         candidate = scored.any(-1)
+        if think_mask is not None:
+            if think_mask.shape != predicts.shape:
+                raise ValueError(
+                    f"think_mask has shape {tuple(think_mask.shape)}: must be that of input_ids, {(B, T)}"
+                )
+            candidate = candidate & (think_mask != 0)
+            if not bool(candidate.any()):
+                raise ValueError("think_mask: no position that it chooses has a target after it")
 
         # 0.3 * 50 must count as 15, though 0.3 has no exact binary form
         wanted = (candidate.sum(1).double() * config.thinking_fraction - 1e-9).ceil().long()
-        counts = wanted.clamp(min=1).minimum(candidate.sum(1))
-        if config.thinking_positions == "all":
+        counts = candidate.sum(1)
+        if think_mask is None:
+            counts = wanted.clamp(min=1).minimum(counts)
+        if think_mask is not None or config.thinking_positions == "all":
             score = torch.zeros(B, T, device=device)
         elif config.thinking_positions == "random":
             score = rand(1, B, T, generator, device)[0]
@@ -229,6 +243,6 @@ class ThoughtLayout:
             talk_index=talk_index,
             target_valid=target_valid,
             rewarded=pick(rows.rewarded(scored)) & valid,
-            tokens=T,
+            rows=rows,
             num_thoughts=R,
         )

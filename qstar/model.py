@@ -14,23 +14,25 @@ from typing import Any
 
 import torch
 from qstar_kernels.vocabulary import LinearHead
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from qstar import adapters, checkpoint
-from qstar.attention import BlockPass, TextPass, use_thought_attention
+from qstar.attention import BlockPass, use_thought_attention
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
 from qstar.cache import SlotCache, TextKeysValues
 from qstar.config import QuietStarConfig
 from qstar.layout import TextRows, ThoughtLayout
 from qstar.mixing import MixingHead
+from qstar.passes import linear_head, read_slots, read_text
 from qstar.phases import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
 from qstar.rollout import rollout
 from qstar.step import QuietStarOutput, Thoughts, training_step
-from qstar.supported import check_supported, context_length, logit_scale, text_body
+from qstar.supported import check_supported, context_length, text_body
+from qstar.writer import FrozenWriter
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.boundary = BoundaryEmbeddings(width, quiet_star.boundary_scale, head.device)
         self.mixing = MixingHead(head.shape[1], head.device)
         self.register_buffer("suppress", self._suppressed(quiet_star), persistent=False)
+        self.writer: FrozenWriter | None = self._frozen_writer(quiet_star)
         self._base_alone = False
 
     # -- construction and checkpoints
@@ -75,12 +78,13 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         tokenizer: Any = None,
         **model_options: Any,
     ) -> QuietStarForCausalLM:
-        """Begin from a base model that has never thought: w = 0, `<start>` and `<end>` from an em dash.
+        """Begin from a base model that has never thought: w = 0, `<start>` and `<end>` from an em dash, or
+        from the config's start_token and end_token.
 
-        tokenizer: to find the dash and the special tokens; of a path it is loaded from there. Without one,
-        the boundaries begin from the mean embedding, and the model's bos, eos and pad ids are suppressed.
+        tokenizer: to find these and the special tokens; of a path it is loaded from there. Without one, the
+        boundaries begin from the mean embedding, and the model's bos, eos and pad ids are suppressed.
         model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError for an unsupported
-        model.
+        model, and for a start_token or end_token that is no single token (for a dash, another one is taken).
         """
         config = config or QuietStarConfig()
         if isinstance(model_or_path, PreTrainedModel):
@@ -92,18 +96,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if config.suppressed_tokens is None:
             config = replace(config, suppressed_tokens=_special_tokens(base, tokenizer))
         model = cls(base, config)
-        token, source = boundary_token_id(tokenizer, config.boundary_token)
-        if source != config.boundary_token:
-            log.warning(
-                "boundary_token = %r is no single token of this model: using %s",
-                config.boundary_token,
-                source,
-            )
-        with torch.no_grad():
-            table = base.get_input_embeddings()
-            every = torch.arange(table.weight.shape[0], device=table.weight.device)
-            ids = every if token is None else every[token : token + 1]
-            model.boundary.begin_from(table(ids).float().mean(0))
+        found = []
+        table = base.get_input_embeddings()
+        every = torch.arange(table.weight.shape[0], device=table.weight.device)
+        for name in ("start_token", "end_token"):
+            text = getattr(config, name)
+            token, source = boundary_token_id(tokenizer, name, text)
+            if source != text:
+                log.warning("%s = %r is no single token of this model: using %s", name, text, source)
+            with torch.no_grad():
+                found.append(table(every if token is None else every[token : token + 1]).float().mean(0))
+        model.boundary.begin_from(*found)
         return model
 
     def save_pretrained(
@@ -141,19 +144,31 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     def merge_adapter(self) -> QuietStarForCausalLM:
         """Add the adapter that peft put into the base model to its weights: a stock model again, to be saved
         whole. Raises ValueError when there is none."""
+        if self.writer is not None:
+            self.writer.keep(self.base.parameters())
         adapters.merge(self.base)
         return self
 
-    def freeze_base(self) -> QuietStarForCausalLM:
-        """From now on only the mixing head and the boundary embeddings learn. The pass over the text then
-        keeps no graph, and no gradient of a weight of the base model is computed."""
+    def freeze_base(self, trainable_layers: int = 0) -> QuietStarForCausalLM:
+        """From now on only the mixing head and the boundary embeddings learn, and of the base model its last
+        `trainable_layers` layers with what follows them (the final norm, not the head). The pass over the
+        text keeps no graph of the frozen layers, and no gradient of their weights is computed."""
+        layers, norms = _layers(self.base)
+        if not 0 <= trainable_layers <= len(layers):
+            raise ValueError(f"trainable_layers = {trainable_layers}: must be in [0, {len(layers)}]")
         self.base.requires_grad_(False)
+        if trainable_layers:
+            for part in (*layers[-trainable_layers:], *norms):
+                part.requires_grad_(True)
         return self
+
+    def _frozen_writer(self, config: QuietStarConfig) -> FrozenWriter | None:
+        return FrozenWriter(self.base, self.boundary) if config.writer == "base" else None
 
     def load_state_dict(self, state_dict, *arguments: Any, **options: Any):
         """Also of a base model alone, which a Trainer that resumes has read from our checkpoint: its tensors
         go to the base, and until the thought parts are loaded too, training and saving raise ValueError."""
-        own = any(name.startswith(("base.", "boundary.", "mixing.")) for name in state_dict)
+        own = any(name.startswith(("base.", "boundary.", "mixing.", "writer.")) for name in state_dict)
         self._base_alone = bool(state_dict) and not own
         if self._base_alone:
             state_dict = {f"base.{name}": x for name, x in state_dict.items()}
@@ -168,7 +183,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     def with_config(self, config: QuietStarConfig) -> QuietStarForCausalLM:
         """This model, from now on with other knobs; the suppressed tokens stay unless the config names its
-        own.
+        own, and so does the frozen writer. Where there was none, writer = "base" is the base model of now.
 
         Raises ValueError for another boundary_scale: the embeddings are stored divided by it.
         """
@@ -179,6 +194,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             config = replace(config, suppressed_tokens=own.suppressed_tokens)
         self.quiet_star = config
         self.suppress = self._suppressed(config)
+        if (self.writer is None) != (config.writer == "self"):
+            self.writer = self._frozen_writer(config)
         return self
 
     def _suppressed(self, config: QuietStarConfig) -> Tensor:
@@ -197,22 +214,13 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def head(self) -> LinearHead:
         """The base model's map from hidden states to logits."""
-        layer, c = self.base.get_output_embeddings(), self.base.config
-        if isinstance(
-            layer, FSDPModule
-        ):  # sharded apart, it would be gathered when called, which it never is
-            layer.unshard()
-        if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
-            raise ValueError(
-                f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "
-                "supported; leave it out of target_modules, or as it is"
-            )
-        return LinearHead(
-            weight=layer.weight,
-            bias=getattr(layer, "bias", None),
-            logit_scale=logit_scale(c),
-            softcap=getattr(c, "final_logit_softcapping", None),
-        )
+        return linear_head(self.base)
+
+    @property
+    def author(self) -> tuple[PreTrainedModel, BoundaryEmbeddings]:
+        """The base model and the boundary embeddings that thoughts are written with."""
+        part = self if self.writer is None else self.writer
+        return part.base, part.boundary
 
     # -- the passes
     # ---------------------------------------------------------------------------------------------
@@ -224,26 +232,22 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if not input_ids.is_cuda and bool(((input_ids < 0) | (input_ids >= rows_of_table)).any()):
             wrong = input_ids[(input_ids < 0) | (input_ids >= rows_of_table)]
             raise ValueError(f"input_ids = {int(wrong[0])}: must be in [0, {rows_of_table})")
-        text_pass = TextPass(rows.segment_start)
         with phase(PREFIX):
-            hidden = text_body(self.base)(
-                input_ids=input_ids, position_ids=rows.position_ids, use_cache=False, thought_pass=text_pass
-            ).last_hidden_state
-        return hidden, text_pass.keys_values(self.base.config.num_hidden_layers)
+            return read_text(self.base, input_ids, rows)
+
+    @torch.no_grad()
+    def authors_text(self, input_ids: Tensor, rows: TextRows, text: TextKeysValues) -> TextKeysValues:
+        """K/V of the text as the author of the thoughts reads it: `text`, the model's own, detached; a frozen
+        writer reads it anew."""
+        if self.writer is None:
+            return tuple((k.detach(), v.detach()) for k, v in text)
+        with phase(ROLLOUT):
+            return read_text(self.writer.base, input_ids, rows)[1]
 
     def read_slots(self, embeddings: Tensor, position_ids: Tensor, block_pass: BlockPass) -> Tensor:
         """Slots of all blocks, embeddings [B, N * Lq, D] at position_ids [B, N * Lq] -> hidden states
         alike."""
-        # a 4D mask goes through transformers untouched; ours is in the pass, so this one is never looked at
-        no_mask = embeddings.new_zeros(1, 1, 1, 1)
-        table = self.base.get_input_embeddings().weight
-        return text_body(self.base)(
-            inputs_embeds=embeddings.to(table.dtype).contiguous(),  # ctrl scales it in place
-            attention_mask=no_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            thought_pass=block_pass,
-        ).last_hidden_state
+        return read_slots(self.base, embeddings, position_ids, block_pass)
 
     def think(
         self,
@@ -262,7 +266,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """
         config = config or self.quiet_star
         if thoughts is None:
-            thoughts = self.sample_thoughts(text, layout, config, generator)
+            written_on = self.authors_text(input_ids, layout.rows, text)
+            thoughts = self.sample_thoughts(written_on, layout, config, generator)
         return self.read_thoughts(input_ids, text_hidden, text, layout, thoughts, config)
 
     def read_thoughts(
@@ -310,20 +315,20 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         uniform: Tensor | None = None,
     ) -> Tensor:
         """Thoughts [B, P, R, k] int64 at the layout's positions, from `generator` or from the numbers uniform
-        [k, B, P * R] fp64 in [0, 1)."""
-        frozen = tuple((k.detach(), v.detach()) for k, v in text)
-        whole = BlockPass(frozen, layout.prefix_start, layout.prefix_end, impl=config.attention)
+        [k, B, P * R] fp64 in [0, 1); text from `authors_text`."""
+        base, boundary = self.author
+        whole = BlockPass(text, layout.prefix_start, layout.prefix_end, impl=config.attention)
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
             step = replace(whole, slots=cache, first=first)
-            return self.read_slots(embeddings, layout.slot_position_ids[:, :, first], step)
+            return read_slots(base, embeddings, layout.slot_position_ids[:, :, first], step)
 
         with phase(ROLLOUT):
             found = rollout(
                 read_slots=read,
-                embed=self.base.get_input_embeddings(),
-                boundary=self.boundary,
-                head=self.head,
+                embed=base.get_input_embeddings(),
+                boundary=boundary,
+                head=linear_head(base),
                 blocks=tuple(layout.prefix_end.shape),  # type: ignore[arg-type]
                 thought_length=config.thought_length,
                 cache=SlotCache(config.thought_length),
@@ -371,6 +376,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         thoughts: Tensor | None = None,
+        think_mask: Tensor | None = None,
     ) -> QuietStarOutput:
         """One training step's loss and metrics.
 
@@ -380,12 +386,24 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         processes of torch.distributed (`qstar.noise`); num_items_in_batch: of the whole batch, accumulated
         or of several processes, that this is a part of: its targets, by whose share this loss is weighted,
         or the sum of `count_items` over its parts, with which the losses of the parts add up to exactly that
-        of the whole; thoughts [B, P, R, k]: take these, sample none. Raises ValueError for a text that is
-        too short, or too long with its thoughts for the model's context.
+        of the whole; thoughts [B, P, R, k]: take these, sample none; think_mask [B, T]: think after the
+        tokens where it is not 0 and a target follows, whatever the config's thinking_positions. Raises
+        ValueError for a text that is too short, or too long with its thoughts for the model's context, and a
+        think_mask that leaves no position to think at.
         """
         self._check(input_ids)
+        if self.writer is not None and torch.is_grad_enabled():  # a model may learn in evaluation mode too
+            self.writer.keep(p for p in self.parameters() if p.requires_grad)
         return training_step(
-            self, input_ids, attention_mask, labels, generator, position_ids, num_items_in_batch, thoughts
+            self,
+            input_ids,
+            attention_mask,
+            labels,
+            generator,
+            position_ids,
+            num_items_in_batch,
+            thoughts,
+            think_mask,
         )
 
     def count_items(
@@ -394,11 +412,12 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        think_mask: Tensor | None = None,
     ) -> Tensor:
         """What the means of a batch's loss are over, [m + 2] int64: targets, targets of each talk step,
-        rewarded positions (if every position thinks). Arguments as of `forward`."""
+        rewarded positions (if all think, or those of think_mask). Arguments as of `forward`."""
         rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
-        return rows.items(rows.labels(input_ids, labels), self.quiet_star.talk_length)
+        return rows.items(rows.labels(input_ids, labels), self.quiet_star.talk_length, think_mask)
 
     def check_length(
         self, tokens: int, name: str = "input_ids", config: QuietStarConfig | None = None
@@ -420,6 +439,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}"
             )
         self.check_length(T)
+        if self.writer is not None and isinstance(self, FSDPModule):
+            raise ValueError(
+                "writer = 'base': must be 'self' under FSDP2, which cannot shard the weights that both share"
+            )
         if not self.training:
             return
         learning = [p for p in self.base.parameters() if p.requires_grad]
@@ -440,6 +463,20 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                         "gradient checkpointing use_reentrant = True: must be False, it loses gradients"
                     )
                 break
+
+
+def _layers(base: PreTrainedModel) -> tuple[nn.ModuleList, list[nn.Module]]:
+    """The layers of a base model, in order, and the norm after them (a norm has vectors alone)."""
+    count = base.config.num_hidden_layers
+    for module in text_body(base).modules():
+        parts = dict(module.named_children())
+        for part in parts.values():
+            if isinstance(part, nn.ModuleList) and len(part) == count:
+                norms = [
+                    x for n, x in parts.items() if "emb" not in n and all(p.ndim == 1 for p in x.parameters())
+                ]
+                return part, norms
+    raise ValueError(f"model_type = {base.config.model_type!r}: its {count} layers are in no one list")
 
 
 @contextmanager

@@ -48,14 +48,14 @@ def reward(base_nll: Tensor, mixed_nll: Tensor, target_valid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advantage(reward: Tensor, rewarded: Tensor, normalize: bool = False) -> Tensor:
+def advantage(reward: Tensor, rewarded: Tensor, kind: str = "paper") -> Tensor:
     """A = relu(R - mean over the thoughts of a position); with one thought there is no mean: relu(R).
 
-    reward [B, P, R], rewarded [B, P] bool -> [B, P, R], 0 where not rewarded. `normalize` divides by the
-    standard deviation of what is clamped, over the rewarded thoughts of the batch.
+    reward [B, P, R], rewarded [B, P] bool -> [B, P, R], 0 where not rewarded. kind "normalized" divides
+    by the standard deviation of what is clamped, over the rewarded thoughts of the batch.
     """
     centred = reward - reward.mean(-1, keepdim=True) if reward.shape[-1] > 1 else reward
-    if normalize:
+    if kind == "normalized":
         chosen = centred[rewarded]
         spread = chosen.std() if chosen.numel() > 1 else centred.new_ones(())
         centred = centred / spread.clamp(min=torch.finfo(centred.dtype).eps)

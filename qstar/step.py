@@ -17,6 +17,7 @@ from qstar_kernels.vocabulary import (
     entropy,
     log_prob,
     mixed_nll,
+    nll,
     weighted_mixed_nll,
     weighted_nll,
 )
@@ -33,6 +34,8 @@ from qstar.phases import LOSS, phase
 
 if TYPE_CHECKING:
     from qstar.model import QuietStarForCausalLM
+
+TALK_TARGETS = 256  # that are predicted by a thought alone only to be looked at: a few rows of logits
 
 
 @dataclass
@@ -64,12 +67,15 @@ class Thoughts:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What the thoughts' part of the loss is made of: mixed_loss and policy with their graph; mixed (NLLs),
-    mix_weight [B, P, R, m], reward and advantage [B, P, R] without."""
+    """What the thoughts' part of the loss is made of: mixed_loss, talk_loss and policy with their graph;
+    mixed and talk (NLLs; talk is NaN where it was not looked at), mix_weight [B, P, R, m], reward and
+    advantage [B, P, R] without."""
 
     mixed_loss: Tensor
+    talk_loss: Tensor
     policy: Tensor
     mixed: Tensor
+    talk: Tensor
     mix_weight: Tensor
     reward: Tensor
     advantage: Tensor
@@ -86,7 +92,14 @@ class _Share:
     items: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, whole: Tensor | int | None, rows: TextRows, labels: Tensor, talk_length: int) -> _Share:
+    def of(
+        cls,
+        whole: Tensor | int | None,
+        rows: TextRows,
+        labels: Tensor,
+        think_mask: Tensor | None,
+        talk_length: int,
+    ) -> _Share:
         """whole: `num_items_in_batch` of `QuietStarForCausalLM.forward`."""
         if whole is None:
             return cls()
@@ -98,7 +111,7 @@ class _Share:
                 f"num_items_in_batch has shape {tuple(whole.shape)}: must be one number, the targets, or "
                 f"{(talk_length + 2,)}, the sum of `count_items` over the parts of the batch"
             )
-        own = rows.items(labels, talk_length)
+        own = rows.items(labels, talk_length, think_mask)
         whole = whole.to(own.device)
         share = own / whole.clamp(min=1)
         return cls(base=share[0], policy=share[-1], items=(own[1:-1], whole[1:-1]))
@@ -111,8 +124,9 @@ _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 @dataclass(frozen=True)
 class _Step:
     """A batch after the pass over its text; next_label [B, T]: the target of each position, 0 where it has
-    none; base_nll [B, T] fp32 without gradient; thoughts [B, P, R, k] that are given, or the numbers uniform
-    [k, B, P * R] to sample them by."""
+    none; base_nll [B, T] fp32 without gradient; talk_stride: every so many targets are also predicted by the
+    thought alone, all of them where that enters the loss; write: (part of the layout, its positions) -> the
+    thoughts there."""
 
     model: QuietStarForCausalLM
     head: LinearHead
@@ -121,22 +135,14 @@ class _Step:
     text: TextKeysValues
     next_label: Tensor
     base_nll: Tensor
+    talk_stride: int
     share: _Share
-    thoughts: Tensor | None
-    uniform: Tensor | None
+    write: Callable[[ThoughtLayout, slice], Tensor]
 
     def at(self, values: Tensor, layout: ThoughtLayout) -> Tensor:
         """[B, T] -> [B, P, 1, m] at the tokens whose prediction is mixed."""
         B, P, m = layout.talk_index.shape
         return values.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
-
-    def tokens(self, part: ThoughtLayout, at: slice) -> Tensor:
-        """The thoughts [B, p, R, k] of a part of the layout, its positions `at`."""
-        if self.thoughts is not None:
-            return self.thoughts[:, at]
-        blocks = slice(at.start * part.num_thoughts, at.stop * part.num_thoughts)
-        own = self.uniform[:, :, blocks]  # type: ignore[index]
-        return self.model.sample_thoughts(self.text, part, self.model.quiet_star, uniform=own)
 
     def read(self, layout: ThoughtLayout, thoughts: Tensor) -> Thoughts:
         return self.model.read_thoughts(
@@ -156,6 +162,17 @@ class _Step:
         )
         return every, operands, lambda x: x.new_zeros(every.shape).masked_scatter(every, x)
 
+    def talk_nll(self, every: Tensor, operands: _Mixture) -> Tensor:
+        """NLL after the thought alone [B, P, R, m], with gradient where it enters the loss; NaN where it was
+        not looked at."""
+        _, talk_hidden, _, head, targets = operands
+        looked = slice(None, None, self.talk_stride)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.quiet_star.talk_weight > 0):
+            found = nll(talk_hidden[looked], head, targets[looked])
+        flat = found.new_full(targets.shape, torch.nan)
+        flat[looked] = found
+        return found.new_full(every.shape, torch.nan).masked_scatter(every, flat)
+
     def reward(self, layout: ThoughtLayout, mixed: Tensor) -> Tensor:
         return objective.reward(self.at(self.base_nll, layout), mixed, layout.target_valid[:, :, None])
 
@@ -170,6 +187,29 @@ class _Step:
         }
 
 
+def _taking(thoughts: Tensor) -> Callable[[ThoughtLayout, slice], Tensor]:
+    return lambda part, at: thoughts[:, at]
+
+
+def _sampling(
+    model: QuietStarForCausalLM,
+    input_ids: Tensor,
+    text: TextKeysValues,
+    layout: ThoughtLayout,
+    generator: torch.Generator | None,
+) -> Callable[[ThoughtLayout, slice], Tensor]:
+    config, (B, N), R = model.quiet_star, layout.prefix_end.shape, layout.num_thoughts
+    # drawn for all chunks at once: the thoughts do not depend on the chunks
+    uniform = rand(config.thought_length, B, N, generator, input_ids.device, torch.float64)
+    written_on = model.authors_text(input_ids, layout.rows, text)
+
+    def write(part: ThoughtLayout, at: slice) -> Tensor:
+        numbers = uniform[:, :, at.start * R : at.stop * R]
+        return model.sample_thoughts(written_on, part, config, uniform=numbers)
+
+    return write
+
+
 def training_step(
     model: QuietStarForCausalLM,
     input_ids: Tensor,
@@ -179,6 +219,7 @@ def training_step(
     position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     thoughts: Tensor | None = None,
+    think_mask: Tensor | None = None,
 ) -> QuietStarOutput:
     """See `QuietStarForCausalLM.forward`."""
     config = model.quiet_star
@@ -197,31 +238,32 @@ def training_step(
         base_loss, flat = weighted_nll(text_hidden[predicts], head, targets, mean)
     base_nll = flat.new_zeros(predicts.shape).masked_scatter(predicts, flat)
     unsure = None
-    if config.thinking_positions == "uncertain":
+    if config.thinking_positions == "uncertain" and think_mask is None:
         candidate = rows.scored(predicts, config.talk_length).any(-1)
         with torch.no_grad():
             unsure = flat.new_zeros(predicts.shape).masked_scatter(
                 candidate, entropy(text_hidden[candidate], head)
             )
-    layout = ThoughtLayout.plan(rows, predicts, config, entropy=unsure, generator=generator)
-    share = _Share.of(num_items_in_batch, rows, labels, config.talk_length)
-    uniform = None
-    if thoughts is None:
-        # for all chunks at once: the thoughts do not depend on the chunks
-        B, N = layout.prefix_end.shape
-        uniform = rand(config.thought_length, B, N, generator, text_hidden.device, torch.float64)
-    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, share, thoughts, uniform)
+    layout = ThoughtLayout.plan(
+        rows, predicts, config, entropy=unsure, generator=generator, think_mask=think_mask
+    )
+    targets_in_all = layout.num_thoughts * int(layout.target_valid.sum())
+    stride = 1 if config.talk_weight else -(-targets_in_all // TALK_TARGETS)
+    share = _Share.of(num_items_in_batch, rows, labels, think_mask, config.talk_length)
+    write = _sampling(model, input_ids, text, layout, generator) if thoughts is None else _taking(thoughts)
+    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, stride, share, write)
     if config.chunk_positions is None:
         scores = _all_at_once(step, layout)
     else:
         scores = _by_chunks(step, layout, config.chunk_positions)
 
-    mixed_loss = share.mixed * (1 - config.base_weight) * scores.mixed_loss
-    nll_loss = share.base * config.base_weight * base_loss + mixed_loss
+    nll_loss = share.base * config.base_weight * base_loss
+    nll_loss = nll_loss + share.mixed * (1 - config.base_weight) * scores.mixed_loss
+    nll_loss = nll_loss + share.mixed * config.talk_weight * scores.talk_loss
     policy_loss = share.policy * config.policy_weight * scores.policy
     return QuietStarOutput(
         loss=nll_loss + policy_loss,
-        metrics=_metrics(base_loss, scores, layout),
+        metrics=_metrics(base_loss, scores, layout, step.at(base_nll, layout)),
         nll_loss=nll_loss,
         policy_loss=policy_loss,
     )
@@ -230,7 +272,7 @@ def training_step(
 def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
     """The weights of every NLL are known when it is made, so one pass over its logits gives gradients too."""
     config = step.model.quiet_star
-    thoughts = step.tokens(layout, slice(0, layout.positions.shape[1]))
+    thoughts = step.write(layout, slice(0, layout.positions.shape[1]))
     thought = step.read(layout, thoughts)
     with phase(LOSS):
         every, operands, laid_out = step.mixture(thought)
@@ -238,17 +280,27 @@ def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
         weights = objective.mixed_weights(valid, layout.num_thoughts, step.share.items)[every]
         mixed_loss, mixed = weighted_mixed_nll(*operands, weights)
         mixed = laid_out(mixed)
+        talk = step.talk_nll(every, operands)
         reward = step.reward(layout, mixed)
-        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
+        advantage = objective.advantage(reward, layout.rewarded, config.advantage)
         # the other thoughts add exactly zero
-        chosen = advantage > 0
+        chosen = (advantage > 0) & (config.policy_weight > 0)
         token_weights = objective.policy_weights(advantage[chosen], config.thought_length, _rewarded(layout))
         policy, _ = weighted_nll(
             **step.written(thought, chosen),
             targets=thoughts[chosen].flatten(),
             weights=token_weights.repeat_interleave(config.thought_length),
         )
-    return _Scores(mixed_loss, policy, mixed, thought.mix_weight.detach(), reward, advantage)
+    talk_loss = _talk_loss(step, talk, layout)
+    return _Scores(
+        mixed_loss, talk_loss, policy, mixed, talk.detach(), thought.mix_weight.detach(), reward, advantage
+    )
+
+
+def _talk_loss(step: _Step, talk: Tensor, layout: ThoughtLayout) -> Tensor:
+    if not step.model.quiet_star.talk_weight:
+        return talk.new_zeros(())
+    return objective.mixed_loss(talk, layout.target_valid[:, :, None], step.share.items)[0]
 
 
 def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
@@ -256,35 +308,40 @@ def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
     for each thought, and backward makes the rest again."""
     config = step.model.quiet_star
 
-    def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mixed NLL, w [B, p, R, m]; log-probability of each thought that gains [B, p, R], else 0)."""
+    def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(mixed NLL, NLL after the thought alone, w [B, p, R, m]; log-probability of each thought that gains
+        [B, p, R], else 0)."""
         thought = step.read(part, tokens)
         with phase(LOSS):
-            _, operands, laid_out = step.mixture(thought)
-            mixed = laid_out(mixed_nll(*operands))
+            every, operands, laid_out = step.mixture(thought)
+            mixed, talk = laid_out(mixed_nll(*operands)), step.talk_nll(every, operands)
             chosen = objective.advantage(step.reward(part, mixed.detach()), part.rewarded) > 0
+            chosen &= config.policy_weight > 0
             written = tokens[chosen]  # [thoughts that gain, k]
             each = log_prob(**step.written(thought, chosen), tokens=written.flatten())
             log_p = each.new_zeros(chosen.shape).masked_scatter(chosen, each.view(written.shape).sum(-1))
-        return mixed, thought.mix_weight, log_p
+        return mixed, talk, thought.mix_weight, log_p
 
     chunks = list(layout.chunks(positions))
     missing = _most_of_all_processes(step.model, chunks=len(chunks)) - len(chunks)
     found = [
-        checkpoint(score, part, step.tokens(part, at), use_reentrant=False)
+        checkpoint(score, part, step.write(part, at), use_reentrant=False)
         for at, part in (*chunks, *chunks[-1:] * missing)
     ]
-    # that of the repeated chunks is never used, but backward must read them again, too
-    unused = sum(0 * x.sum() for repeated in found[len(chunks) :] for x in repeated)
-    mixed, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found[: len(chunks)]))
+    # what the repeated chunks give is not used, but backward must read them again, too
+    unused = sum(0 * mixed.sum() for mixed, *_ in found[len(chunks) :])
+    mixed, talk, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found[: len(chunks)]))
     with phase(LOSS):
         mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None], step.share.items)
         mixed_loss = mixed_loss + unused
         reward = step.reward(layout, mixed.detach())
-        advantage = objective.advantage(reward, layout.rewarded, config.normalize_advantages)
+        advantage = objective.advantage(reward, layout.rewarded, config.advantage)
         weights = objective.policy_weights(advantage, config.thought_length, _rewarded(layout))
         policy = -(weights * log_p).sum()
-    return _Scores(mixed_loss, policy, mixed.detach(), mix_weight.detach(), reward, advantage)
+        talk_loss = _talk_loss(step, talk, layout)
+    return _Scores(
+        mixed_loss, talk_loss, policy, mixed.detach(), talk.detach(), mix_weight.detach(), reward, advantage
+    )
 
 
 def _most_of_all_processes(model: QuietStarForCausalLM, chunks: int) -> int:
@@ -302,12 +359,17 @@ def _rewarded(layout: ThoughtLayout) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(base_loss: Tensor, scores: _Scores, layout: ThoughtLayout) -> dict[str, Tensor]:
+def _metrics(
+    base_loss: Tensor, scores: _Scores, layout: ThoughtLayout, base_nll: Tensor
+) -> dict[str, Tensor]:
+    """base_nll [B, P, 1, m]: of the tokens that are predicted after a thought."""
     valid = layout.target_valid[:, :, None]
+    every = valid.expand(scores.mixed.shape)
+    looked = every & ~scores.talk.isnan()
     rewarded = layout.rewarded[..., None].expand(scores.reward.shape)
     mixed_loss, steps = objective.mixed_loss(scores.mixed, valid)
     reward_mean, reward_std = objective.spread(scores.reward, rewarded)
-    weight_mean, weight_std = objective.spread(scores.mix_weight, valid.expand(scores.mixed.shape))
+    weight_mean, weight_std = objective.spread(scores.mix_weight, every)
     return {
         "base_nll": base_loss.detach(),
         "mixed_nll": mixed_loss,
@@ -316,6 +378,8 @@ def _metrics(base_loss: Tensor, scores: _Scores, layout: ThoughtLayout) -> dict[
         "reward_std": reward_std,
         "mix_weight_mean": weight_mean,
         "mix_weight_std": weight_std,
+        "mix_weight_positive": objective.masked_mean((scores.mix_weight > 0).float(), every),
+        "talk_gain": objective.masked_mean(base_nll - scores.talk, looked),
         "policy_loss": scores.policy.detach(),
         "positive_advantages": objective.masked_mean((scores.advantage > 0).float(), rewarded),
         "thoughts": layout.valid.sum() * layout.num_thoughts,

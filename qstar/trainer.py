@@ -88,7 +88,7 @@ class QuietStarTrainer(Trainer):
         if targets is None or self.args.n_gpu > 1:
             return batches, targets
         # with all counts, the parts add up to the whole also where they are not alike
-        names = ("input_ids", "attention_mask", "labels", "position_ids")
+        names = ("input_ids", "attention_mask", "labels", "position_ids", "think_mask")
         model = self.accelerator.unwrap_model(self.model)
         items = sum(model.count_items(**{n: b[n] for n in names if n in b}) for b in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from qstar import report
 from qstar.cli.options import parse_options
 from qstar.profiling import traced
+from qstar.runs import OutputArguments, finish, machine
 from qstar_bench.attention_candidates import Candidate, can, candidates, way
 from qstar_bench.attention_check import Judge
 from qstar_bench.attention_plan import PRESETS, AttentionArguments, Plan, plan
 from qstar_bench.attention_problem import Problem, Shape
 from qstar_bench.memory import peak_bytes
-from qstar_bench.run import OutputArguments, finish, machine
 from qstar_bench.timing import SquareProduct, kernel_seconds, matmul_flops, timed
 
 __all__ = ["PRESETS", "AttentionArguments", "main"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qstar.runs import WrongResultError
 from qstar_bench.attention_candidates import Way
 from qstar_bench.attention_problem import Problem
-from qstar_bench.run import WrongResultError
 
 
 class Judge:

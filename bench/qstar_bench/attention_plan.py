@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from qstar_kernels import cpu_native, resolve_impl
 
+from qstar.runs import check_device
 from qstar_bench.attention_candidates import BASELINES, can, impl_of
 from qstar_bench.attention_problem import PASSES, Shape
-from qstar_bench.run import check_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Shape(T=256, L=14, R=1, Hq=8, Hkv=2, D=64)

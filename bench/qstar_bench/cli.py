@@ -6,6 +6,7 @@ import importlib
 
 MEASUREMENTS = {
     "attention": "qstar_bench.attention",
+    "data": "qstar_bench.data",
     "generate": "qstar_bench.generate",
     "gpu": "qstar_bench.gpu",
     "kernels": "qstar_bench.kernels",

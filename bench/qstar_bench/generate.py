@@ -38,8 +38,8 @@ from qstar.cli.options import parse_options
 from qstar.cli.train import open_model
 from qstar.layout import TextRows
 from qstar.profiling import traced
+from qstar.runs import OutputArguments, WrongResultError, check_device, finish, machine
 from qstar_bench.memory import peak_bytes
-from qstar_bench.run import OutputArguments, WrongResultError, check_device, finish, machine
 from qstar_bench.timing import timed
 
 PROMPT = (

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from qstar import report
 from qstar.cli.options import parse_options
 from qstar.demo import TINY_LM
-from qstar_bench.run import TableArguments, check_device, finish, machine
+from qstar.runs import TableArguments, check_device, finish, machine
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = {"slots": 14, "heads": 32, "kv_heads": 8, "width": 128}  # attention of Mistral-7B, k 9, m 4
@@ -191,6 +191,8 @@ def main(argv: list[str]) -> int:
     args, output = parse_options((GpuArguments, TableArguments), argv, prog="qstar bench gpu")
     if not args.rehearse:
         check_device("cuda")
+    if not (ROOT / "tests").is_dir():
+        raise ValueError("bench gpu: runs the tests, which only a clone of the project has")
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     here = where(args.rehearse)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from qstar import report
 from qstar.cli.options import parse_options
-from qstar_bench.run import TableArguments, finish, machine
+from qstar.runs import TableArguments, finish, machine
 
 # dense bf16 TFLOP/s, TB/s, registers and threads of a processor; from the makers' data sheets
 ROOFLINE = {

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from qstar import QuietStarConfig, report
 from qstar.cli.options import parse_options
+from qstar.runs import OutputArguments, finish, machine
 from qstar_bench.memory_fit import OPTIONS, USABLE, fit
 from qstar_bench.memory_planner import CATEGORIES, Plan, Timeline, assumptions, describe, plan
 from qstar_bench.memory_setup import StepArguments
 from qstar_bench.memory_tracker import STEP_PHASES
-from qstar_bench.run import OutputArguments, finish, machine
 
 MOMENTS = 2000  # that are drawn: the highest of each stretch of events
 

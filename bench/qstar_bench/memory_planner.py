@@ -187,6 +187,7 @@ def _operators(device: str | None) -> dict[Any, Operator]:
     names = ("k", "v", "k_prefix", "v_prefix")
     return {
         torch.ops.qstar.thought_attention_cpu.default: Operator(forward, names, keeps=device == "cuda"),
+        torch.ops.qstar.thought_attention_cpu_no_grad.default: Operator(forward, names),
         torch.ops.qstar.thought_attention_cpu_backward.default: Operator(backward),
     }
 

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from qstar import QuietStarConfig, report
 from qstar.cli.options import parse_options
 from qstar.profiling import traced
+from qstar.runs import OutputArguments, finish, machine
 from qstar_bench import memory_setup
 from qstar_bench.memory import Measured, check_snapshot, memory_snapshot
 from qstar_bench.memory_planner import Plan, describe, plan
 from qstar_bench.memory_setup import StepArguments
-from qstar_bench.run import OutputArguments, finish, machine
 from qstar_bench.shapes import base_config, weights_of
 
 MIB = 2**20

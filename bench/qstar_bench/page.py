@@ -152,7 +152,7 @@ def tables_of(run: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def is_run(x: Any) -> bool:
-    """Whether it has the shape of the document that `qstar_bench.run.finish` prints."""
+    """Whether it has the shape of the document that `qstar.runs.finish` prints."""
     kinds = {"bench": str, "when": str, "machine": dict, "arguments": dict, "rows": list}
     shaped = isinstance(x, dict) and all(isinstance(x.get(name), kind) for name, kind in kinds.items())
     return shaped and all(isinstance(row, dict) for row in x["rows"])

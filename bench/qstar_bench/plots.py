@@ -135,6 +135,19 @@ def scaling(run: dict[str, Any]) -> list[Plot]:
     return worth(found)
 
 
+def data(run: dict[str, Any]) -> list[Plot]:
+    """The loader's memory over what it has read, a line for each number of workers, and its speed."""
+    points = [row for row in run.get("memory") or [] if isinstance(row, dict)]
+    series = lines(points, itemgetter("read MiB"), "memory MiB", lambda row: f"{row.get('workers')} workers")
+    speed = [{"": f"{row.get('workers')} workers"} | row for row in run["rows"]]
+    return worth(
+        [
+            Plot("memory of a stream's loader", "MiB of text read", "MiB", series),
+            bars("speed of a stream's loader", "tokens a second", speed, ("tokens/s",)),
+        ]
+    )
+
+
 def memory_plan(run: dict[str, Any]) -> list[Plot]:
     """What is held at the highest moment of each phase, by category."""
     return worth([bars("planned memory of a step", _unit(run), _categories(run))])
@@ -170,6 +183,7 @@ def _unit(run: dict[str, Any]) -> str:
 
 PLOTS: dict[str, Callable[[dict[str, Any]], list[Plot]]] = {
     "attention": attention,
+    "data": data,
     "memory plan": memory_plan,
     "memory profile": memory_profile,
     "scaling": scaling,
@@ -216,8 +230,8 @@ def _style(ink: str) -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from cycler import cycler
     from matplotlib import pyplot
+    from matplotlib.rcsetup import cycler
 
     inks = (
         "text.color",

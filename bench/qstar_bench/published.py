@@ -102,7 +102,7 @@ def _loss(model, sizes: tuple[int, int, int], nlls, base_nlls, log_probabilities
     mixed_loss, _ = objective.mixed_loss(nll, valid)
     rewarded = (torch.arange(T, device=device) <= T - 2 - m)[None].expand(B, T)
     reward = objective.reward(base_nll[:, :, :1], nll.detach(), valid)
-    advantage = objective.advantage(reward, rewarded, config.normalize_advantages)
+    advantage = objective.advantage(reward, rewarded, config.advantage)
     log_p = _by_text(log_probabilities, B, R).sum(-1)
     weights = objective.policy_weights(advantage, config.thought_length, rewarded.sum() * R)
     base_loss = base_nll[:, :-1, 0, 0].mean()

@@ -20,9 +20,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from qstar import QuietStarConfig, QuietStarForCausalLM, report
 from qstar.cli.options import parse_options
 from qstar.profiling import traced
+from qstar.runs import OutputArguments, WrongResultError, finish, machine
 from qstar_bench import plots
 from qstar_bench.memory import peak_bytes
-from qstar_bench.run import OutputArguments, WrongResultError, finish, machine
 from qstar_bench.timing import timed
 
 # fp32 sums in another order, over some thousand terms: a wrong thought or a block left out is far above it

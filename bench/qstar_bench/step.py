@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from qstar import report
 from qstar.cli.options import parse_options
+from qstar.runs import OutputArguments, finish, machine
 from qstar_bench.flops import StepFlops, step_flops
-from qstar_bench.run import OutputArguments, finish, machine
 from qstar_bench.step_ways import DTYPES, StepArguments, build, check, work
 from qstar_bench.timing import matmul_flops
 

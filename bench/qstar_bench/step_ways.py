@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.profiling import traced
+from qstar.runs import WrongResultError, check_device
 from qstar_bench.memory import peak_bytes, resident_peak_bytes
 from qstar_bench.published import published_step
-from qstar_bench.run import WrongResultError, check_device
 from qstar_bench.shapes import EMBEDDED, SHAPES, base_config, weights_of
 from qstar_bench.timing import PhaseClock, timed
 

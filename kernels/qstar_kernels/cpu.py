@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qstar_kernels import cpu_native
+from qstar_kernels.checks import check_ranges
 
 WORKSPACE_BYTES = 4 << 20  # of one tile's scores
 TILE_QUERIES = 1024  # of a tile, by key-value head: large matrix products, and few of them
@@ -74,6 +75,8 @@ class _Problem:
         )
         self.sinks = None if sinks is None else sinks.to(self.dtype).view(self.H, 1, 1, 1, self.G)
         slot = torch.arange(self.Lk - self.Lq, self.Lk)
+        if prefix_start is None:
+            prefix_start = torch.zeros_like(prefix_end)
         # the prefix keys of a query are [lower, upper): [B, N, Lq or 1]
         self.lower, self.upper = prefix_start.long()[..., None], prefix_end.long()[..., None]
         if options.window is not None:
@@ -220,14 +223,32 @@ def forward(
     k_prefix: Tensor,
     v_prefix: Tensor,
     prefix_end: Tensor,
-    prefix_start: Tensor,
+    prefix_start: Tensor | None,
     sinks: Tensor | None,
-    options: Options,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    own: str,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the operator: by the C kernel where it is built and takes the operands, or in tiles."""
+    """out and lse of the operator: by the C kernel where it is built and takes the operands, or in tiles.
+
+    Raises ValueError for a range outside of the prefix.
+    """
     if cpu_native.can(q, k):
-        ranges = prefix_end, prefix_start
-        return cpu_native.forward(q, k, v, k_prefix, v_prefix, *ranges, sinks, *astuple(options))
+        found = cpu_native.forward(
+            q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
+        )
+        if found is not None:
+            return found
+    check_ranges(prefix_end, prefix_start, k_prefix.shape[1])
+    with torch.autocast("cpu", enabled=False):
+        options = Options(scale, softcap, window, own)
+        return _in_tiles(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, options)
+
+
+def _in_tiles(
+    q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, options: Options
+) -> tuple[Tensor, Tensor]:
     problem = _Problem(q, k, v, k_prefix, v_prefix, sinks, prefix_end, prefix_start, options)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(*q.shape[:-1], 1, dtype=problem.dtype)
@@ -254,7 +275,7 @@ def backward(
     k_prefix: Tensor,
     v_prefix: Tensor,
     prefix_end: Tensor,
-    prefix_start: Tensor,
+    prefix_start: Tensor | None,
     sinks: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -93,9 +94,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"torch's operators: {compiler} failed"
     except OSError as error:
         return None, f"torch's operators: {error}"
-    library.qstar_cpu_forward.restype = None
+    library.qstar_cpu_forward.restype = ctypes.c_int
     library.qstar_cpu_forward.argtypes = [ctypes.POINTER(_Problem), *[ctypes.c_void_p] * 11]
     library.qstar_cpu_forward_panel.restype = ctypes.c_int64
+    library.panel = library.qstar_cpu_forward_panel()  # type: ignore[attr-defined]
     return library, f"C, built by {compiler}"
 
 
@@ -117,59 +119,57 @@ def forward(
     k_prefix: Tensor,
     v_prefix: Tensor,
     prefix_end: Tensor,
-    prefix_start: Tensor,
+    prefix_start: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     softcap: float | None,
     window: int | None,
     own: str,
-) -> tuple[Tensor, Tensor]:
-    """out and lse of the operator; a low precision is converted to fp32 some blocks at a time."""
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse of the operator, or None when a range lies outside of the prefix; a low precision is
+    converted to fp32 some blocks at a time."""
+    end, start = _ranges(prefix_end), None if prefix_start is None else _ranges(prefix_start)
     sinks = None if sinks is None else sinks.float().contiguous()
-    k_prefix, v_prefix = (_rows(x.float()) for x in (k_prefix, v_prefix))
-    start, end = (x.long().contiguous() for x in (prefix_start, prefix_end))
+    options = scale, softcap or 0.0, window or 0, own == "causal"
     if q.dtype == torch.float32:
-        q, k, v = map(_rows, (q, k, v))
-        return _forward(q, k, v, k_prefix, v_prefix, end, start, sinks, scale, softcap, window, own)
+        q, k, v, k_prefix, v_prefix = map(_rows, (q, k, v, k_prefix, v_prefix))
+        return _forward(q, k, v, k_prefix, v_prefix, end, start, sinks, *options)
+    k_prefix, v_prefix = (_rows(x.float()) for x in (k_prefix, v_prefix))
     out, lse = q.new_empty(q.shape), torch.empty(q.shape[:-1])
     N = q.shape[1]
     some = max(1, CONVERTED_BYTES * N // max(1, 4 * q.numel()))
     for i in range(0, N, some):
         blocks = slice(i, min(i + some, N))
         some_q, some_k, some_v = (_rows(x[:, blocks].float()) for x in (q, k, v))
-        some_end, some_start = (x[:, blocks].contiguous() for x in (end, start))
-        out[:, blocks], lse[:, blocks] = _forward(
-            some_q, some_k, some_v, k_prefix, v_prefix, some_end, some_start,
-            sinks, scale, softcap, window, own,
-        )  # fmt: skip
+        some_end, some_start = (None if x is None else x[:, blocks].contiguous() for x in (end, start))
+        found = _forward(some_q, some_k, some_v, k_prefix, v_prefix, some_end, some_start, sinks, *options)
+        if found is None:
+            return None
+        out[:, blocks], lse[:, blocks] = found
     return out, lse
 
 
+# asked first, not just done: in a sampling loop each call of torch is felt
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _ranges(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.long().contiguous()
+
+
 def _forward(
-    q, k, v, k_prefix, v_prefix, end, start, sinks, scale, softcap, window, own
-) -> tuple[Tensor, Tensor]:
+    q, k, v, k_prefix, v_prefix, end, start, sinks, scale, softcap, window, causal
+) -> tuple[Tensor, Tensor] | None:
     library = _load()[0]
     assert library is not None
     B, N, Lq, Hq, D = q.shape
     H, Lk, T = k.shape[3], k.shape[2], k_prefix.shape[1]
-    out, lse = torch.empty(q.shape), torch.empty(q.shape[:-1])
-    if not out.numel():
-        return out, lse
-    panel = library.qstar_cpu_forward_panel()
-    panels = torch.empty(B * H * -(-T // panel) * panel * D)
-    strides = (
-        *q.stride()[:4],
-        *k.stride()[:4],
-        *v.stride()[:4],
-        *k_prefix.stride()[:3],
-        *v_prefix.stride()[:3],
-    )
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])  # torch.empty takes twice as long
+    strides = (x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix))
     sizes = (B, N, Lq, Lk, T, H, Hq // H, D)
-    problem = _Problem(*sizes, *strides, scale, softcap or 0.0, window or 0, own == "causal")
+    problem = _Problem(*sizes, *itertools.chain(*strides), scale, softcap, window, causal)
+    panels = q.new_empty(B * H * -(-T // library.panel) * library.panel * D)
     tensors = (q, k, v, k_prefix, v_prefix, start, end, sinks, panels, out, lse)
-    library.qstar_cpu_forward(problem, *(None if x is None else x.data_ptr() for x in tensors))
-    return out, lse
+    bad_range = library.qstar_cpu_forward(problem, *(None if x is None else x.data_ptr() for x in tensors))
+    return None if bad_range else (out, lse)

@@ -1,4 +1,4 @@
-"""The public operator: its contract, its checks, and the choice of an implementation."""
+"""The public operator: its contract, and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
+from qstar_kernels.checks import check_operands, check_ranges
 from qstar_kernels.cpu_attention import cpu_attention
 from qstar_kernels.reference import reference
 
@@ -40,7 +40,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "flash": _flash,
     "flex": _flex,
 }
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def resolve_impl(
@@ -104,7 +103,7 @@ def thought_attention(
         k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
         prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
             block has start = end. Out-of-range values raise on a CPU; on a GPU, which would have to be
-            waited for, under torch.compile and of fake tensors they are not looked at.
+            waited for, they are not looked at.
         scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
         window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
         sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
@@ -119,60 +118,15 @@ def thought_attention(
     Raises:
         ValueError, naming the argument, its value and what is allowed.
     """
-    _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
-    if prefix_start is None:
-        prefix_start = torch.zeros_like(prefix_end)
+    check_operands(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
+    name = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
+    if name != "cpu":  # it looks at the ranges itself, and needs no zeros to start from
+        check_ranges(prefix_end, prefix_start, k_prefix.shape[1])
+        if prefix_start is None:
+            prefix_start = torch.zeros_like(prefix_end)
     if k_prefix.shape[1] == 0 and k_prefix.stride() != k_prefix.contiguous().stride():
         k_prefix, v_prefix = k_prefix.contiguous(), v_prefix.contiguous()
-    function = IMPLEMENTATIONS[resolve_impl(impl, q.device, q.dtype, q.shape[-1])]
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return function(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks, own)
-
-
-def _check(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own) -> None:
-    def require(holds: bool, name: str, found: object, allowed: object) -> None:
-        if not holds:
-            raise ValueError(f"{name} = {found}: must be {allowed}")
-
-    require(q.ndim == 5, "q.shape", tuple(q.shape), "[B, N, Lq, Hq, D]")
-    require(k.ndim == 5, "k.shape", tuple(k.shape), "[B, N, Lk, Hkv, D]")
-    require(k_prefix.ndim == 4, "k_prefix.shape", tuple(k_prefix.shape), "[B, T, Hkv, D]")
-    B, N, Lq, Hq, D = q.shape
-    Lk, H, T = k.shape[2], k.shape[3], k_prefix.shape[1]
-    for name, x, shape in (
-        ("k", k, (B, N, Lk, H, D)),
-        ("v", v, (B, N, Lk, H, D)),
-        ("k_prefix", k_prefix, (B, T, H, D)),
-        ("v_prefix", v_prefix, (B, T, H, D)),
-        ("prefix_end", prefix_end, (B, N)),
-        *((("prefix_start", prefix_start, (B, N)),) if prefix_start is not None else ()),
-        *((("sinks", sinks, (Hq,)),) if sinks is not None else ()),
-    ):
-        require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), shape)
-        require(x.device == q.device, f"{name}.device", x.device, f"that of q, {q.device}")
-    require(q.dtype in DTYPES, "q.dtype", q.dtype, f"one of {DTYPES}")
-    for name, x in (("k", k), ("v", v), ("k_prefix", k_prefix), ("v_prefix", v_prefix)):
-        require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"that of q, {q.dtype}")
-    require(H > 0 and Hq % H == 0, "q.shape[3]", Hq, f"a multiple of the {H} key-value heads")
-    require(1 <= Lq <= Lk, "q.shape[2]", Lq, f"in [1, {Lk}], the block's slots")
-    for name, x in (("prefix_end", prefix_end), ("prefix_start", prefix_start)):
-        if x is not None:
-            require(x.dtype in (torch.int32, torch.int64), f"{name}.dtype", x.dtype, "int32 or int64")
-    require(softcap is None or softcap > 0, "softcap", softcap, "positive or None")
-    require(window is None or window > 0, "window", window, "positive or None")
-    require(own in ("causal", "full"), "own", repr(own), "'causal' or 'full'")
-    if q.device.type == "cpu" and prefix_end.numel() and not torch.compiler.is_compiling():
-        if detect_fake_mode((q, prefix_end)) is not None:
-            return
-        least, most = map(int, torch.aminmax(prefix_end))
-        require(most <= T, "prefix_end", most, f"at most {T} prefix keys")
-        if prefix_start is None:
-            require(least >= 0, "prefix_end", least, "at least 0")
-            return
-        first = int(prefix_start.min())
-        require(first >= 0, "prefix_start", first, "at least 0")
-        lengths = (prefix_end - prefix_start).flatten()
-        if int(lengths.min()) < 0:
-            worst = lengths.argmin()
-            start, end = int(prefix_start.flatten()[worst]), int(prefix_end.flatten()[worst])
-            require(False, "prefix_end", end, f"at least prefix_start = {start}")
+    return IMPLEMENTATIONS[name](
+        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks, own
+    )

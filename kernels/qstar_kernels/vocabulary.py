@@ -49,6 +49,11 @@ class LinearHead:
     softcap: float | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
 
+    def only(self, tokens: Tensor) -> LinearHead:
+        """The head of a part of the vocabulary, tokens [S] int64: a softmax renormalised over these alone."""
+        bias = None if self.bias is None else self.bias[tokens]
+        return LinearHead(self.weight[tokens], bias, self.logit_scale, self.softcap)
+
 
 def chunk_rows(vocabulary: int, bytes_per_logit: int = 4) -> int:
     """Rows of a chunk, so that its logits fit the workspace; at least 16, for the matrix product's sake."""
@@ -158,6 +163,17 @@ def logits(hidden: Tensor, head: LinearHead) -> Tensor:
         z = z + head.bias.to(high)
     z = z * head.logit_scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+@_without_autocast
+def mixed_logits(base_hidden: Tensor, thought_hidden: Tensor, mix_weight: Tensor, head: LinearHead) -> Tensor:
+    """All of (1 - w) * logits(base) + w * logits(thought) of a few rows: base, thought [M, D], w [M] ->
+    [M, V] in high precision, differentiable."""
+    _check_mixture(base_hidden, thought_hidden, mix_weight, head)
+    if head.softcap is None:
+        return logits(_mix(base_hidden, thought_hidden, mix_weight), head)
+    w = mix_weight.to(_high(base_hidden))[:, None]
+    return (1 - w) * logits(base_hidden, head) + w * logits(thought_hidden, head)
 
 
 class _Gradients:
@@ -344,7 +360,8 @@ def mixed_nll(
 
     A head without soft-cap is linear: there it is the NLL of the mixed hidden state, in high precision.
     """
-    _check_mixture(base_hidden, thought_hidden, mix_weight, head, targets, rows)
+    _check_mixture(base_hidden, thought_hidden, mix_weight, head, rows)
+    _check_ids("targets", targets, len(base_hidden), len(head.weight))
     if head.softcap is None:
         return nll(_mix(base_hidden, thought_hidden, mix_weight), head, targets, rows)
     return _capped_mixed_nll(base_hidden, thought_hidden, mix_weight, head, targets, rows)
@@ -361,7 +378,8 @@ def weighted_mixed_nll(
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of weights * `mixed_nll`, with gradients; `mixed_nll` [M], without); see `weighted_nll`."""
-    _check_mixture(base_hidden, thought_hidden, mix_weight, head, targets, rows)
+    _check_mixture(base_hidden, thought_hidden, mix_weight, head, rows)
+    _check_ids("targets", targets, len(base_hidden), len(head.weight))
     if head.softcap is None:
         mixed = _mix(base_hidden, thought_hidden, mix_weight)
         return weighted_nll(mixed, head, targets, weights, rows=rows)
@@ -369,9 +387,8 @@ def weighted_mixed_nll(
     return (weights.detach() * each).sum(), each.detach()
 
 
-def _check_mixture(base_hidden, thought_hidden, mix_weight, head, targets, rows) -> None:
+def _check_mixture(base_hidden, thought_hidden, mix_weight, head, rows=None) -> None:
     _check(head, base_hidden, thought_hidden, rows=rows)
-    _check_ids("targets", targets, len(base_hidden), len(head.weight))
     if thought_hidden.shape != base_hidden.shape:
         raise ValueError(
             f"thought_hidden has shape {tuple(thought_hidden.shape)}: must be that of base_hidden, "
@@ -392,19 +409,38 @@ def _mix(base: Tensor, thought: Tensor, mix_weight: Tensor) -> Tensor:
 def _capped_mixed_nll(base, thought, mix_weight, head: LinearHead, targets, rows: int | None) -> Tensor:
     """A soft-capped head is not linear: both sets of logits are made, and made again in backward."""
     high = _high(base)
-    w = mix_weight.to(high)[:, None]
     rows = rows or max(chunk_rows(len(head.weight), high.itemsize) // 4, 1)
     parts = [base.new_empty(0, dtype=high)]
     for first in range(0, len(targets), rows):
         at = slice(first, first + rows)
-        chunk = (base[at], thought[at], w[at], head, targets[at])
+        chunk = (base[at], thought[at], mix_weight[at], head, targets[at])
         parts.append(torch.utils.checkpoint.checkpoint(_capped_chunk, *chunk, use_reentrant=False))
     return torch.cat(parts)
 
 
 def _capped_chunk(base: Tensor, thought: Tensor, w: Tensor, head: LinearHead, targets: Tensor) -> Tensor:
-    mixed = (1 - w) * logits(base, head) + w * logits(thought, head)
+    mixed = mixed_logits(base, thought, w, head)
     return torch.nn.functional.cross_entropy(mixed, targets, reduction="none")
+
+
+@torch.no_grad()
+@_without_autocast
+def nll_by_temperature(
+    hidden: Tensor, head: LinearHead, targets: Tensor, temperatures: Tensor, rows: int | None = None
+) -> Tensor:
+    """-log softmax(logits / T)[target] for each temperature T of [S], from one set of logits: hidden [M, D],
+    targets [M] int64 -> [M, S], no gradient."""
+    _check(head, hidden, rows=rows)
+    _check_ids("targets", targets, len(hidden), len(head.weight))
+    if temperatures.ndim != 1 or bool((temperatures <= 0).any()):
+        raise ValueError(f"temperatures = {temperatures.tolist()}: must be positive, [S]")
+    result = hidden.new_empty(len(hidden), len(temperatures), dtype=_high(hidden))
+    for at, z in _chunks(hidden, head, rows):
+        z.sub_(z.amax(dim=1, keepdim=True))  # so that no temperature overflows
+        at_target = z.gather(1, targets[at, None]).squeeze(1)
+        for i, temperature in enumerate(temperatures.tolist()):
+            result[at, i] = torch.logsumexp(z / temperature, dim=1) - at_target / temperature
+    return result
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from qstar import report
 from qstar.cli.options import parse_options
 from qstar.cli.prompts import check_lengths, done_before, read_records
+from qstar.data import left_padded
 from qstar.model import QuietStarForCausalLM
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -217,13 +218,3 @@ def _ends(model, tokenizer) -> list[int]:
     if ids is None:
         ids = tokenizer.eos_token_id
     return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
-
-
-def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask) [B, T], padded on the left; a tokenizer may know no padding token."""
-    if not all(prompts):
-        raise ValueError("prompt: holds no token; each must hold at least one")
-    length = max(map(len, prompts))
-    input_ids = [[0] * (length - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts]
-    return torch.tensor(input_ids), torch.tensor(mask)

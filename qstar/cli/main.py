@@ -9,8 +9,14 @@ import sys
 COMMANDS = {
     "train": ("qstar.cli.train", "teach a language model to think, with the Hugging Face Trainer"),
     "generate": ("qstar.cli.generate", "continue prompts, thinking before the tokens"),
+    "eval": ("qstar.cli.eval", "does it think? questions or text in every condition, with intervals"),
+    "lm_eval": ("qstar.cli.lm_eval", "lm-evaluation-harness, with --model qstar"),
     "calibrate": ("qstar.cli.calibrate", "find where thinking pays, for generate --think adaptive"),
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
+    "proof-real": (
+        "qstar.cli.proof_real",
+        "does a real model think? a built task on facts, in every condition",
+    ),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
     "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
     "memory": ("qstar_bench.memory_cli", "what a training step needs: a plan without a GPU, or measured"),

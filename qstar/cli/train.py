@@ -6,12 +6,16 @@ from __future__ import annotations
 import resource
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from qstar import checkpoint, report
+from qstar.adapters import adapter_name
 from qstar.callbacks import last_complete_checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
@@ -44,6 +48,16 @@ class ModelArguments:
         default=False,
         metadata={"help": "Train only the mixing head and the boundary embeddings."},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
+        },
+    )
+    trainable_layers: int | None = field(
+        default=None,
+        metadata={"help": "Freeze the base model but for its last so many layers; default: none is frozen."},
+    )
     gradient_norm_steps: int = field(
         default=0,
         metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
@@ -61,6 +75,10 @@ class TrainArguments(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the base model."})
     weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of an optimiser step, on all processes: sets gradient_accumulation_steps."},
+    )
     max_steps: int = field(default=100, metadata={"help": "Optimiser steps."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many steps."})
@@ -76,13 +94,22 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConf
 
 def main(argv: list[str]) -> int:
     model_args, data_args, config, args = parse(argv)
+    check_loggers(args.report_to)
     tracer = TraceSteps(model_args.trace) if model_args.trace is not None else None
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
-    train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, seed=args.seed)
+    if args.tokens_per_step is not None:
+        steps: Any = {"gradient_accumulation_steps": accumulation(args, data_args.span_length)}
+        args = replace(args, **steps)
+    workers = args.dataloader_num_workers
+    train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, args.seed, workers)
+    if data_args.streaming:
+        args.dataloader_num_workers = 0  # the stream has them
     model = open_model(model_args.model, config, tokenizer)
-    if model_args.freeze_base:
-        model.freeze_base()
+    if model_args.freeze_base or model_args.trainable_layers is not None:
+        model.freeze_base(model_args.trainable_layers or 0)
+    if model_args.lora_rank is not None:
+        adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
     resume = args.resume_from_checkpoint
     if resume is not None and resume.lower() == "true":
@@ -93,7 +120,8 @@ def main(argv: list[str]) -> int:
         model=model,
         args=args,
         train_dataset=train_rows,
-        data_collator=collate,
+        # rows of a stream are dispatched from one process, in batches of one size
+        data_collator=partial(collate, length=data_args.span_length) if data_args.streaming else collate,
         processing_class=tokenizer,
         mixing_learning_rate=model_args.mixing_learning_rate,
         boundary_learning_rate=model_args.boundary_learning_rate,
@@ -102,7 +130,7 @@ def main(argv: list[str]) -> int:
     )
     batch = args.per_device_eval_batch_size
     start = held_out(model, held_out_rows, batch, progress="held out, before")
-    hard = hardest(start)
+    hard = hardest(start.base_nll)
     try:
         with tracer or nullcontext():
             result = trainer.train(resume_from_checkpoint=resume)
@@ -135,6 +163,53 @@ def main(argv: list[str]) -> int:
         }
     )
     return 0
+
+
+def adapt(model: QuietStarForCausalLM, rank: int) -> None:
+    """LoRA on every linear layer of the base model but its head, which then learns nothing else. Raises
+    ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
+    if rank < 1:
+        raise ValueError(f"lora_rank = {rank}: must be at least 1")
+    if adapter_name(model.base) or not all(p.requires_grad for p in model.base.parameters()):
+        raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora_rank = {rank}: needs the package peft; pip install 'qstar[peft]'") from error
+    get_peft_model(model.base, LoraConfig(r=rank, target_modules="all-linear"))
+
+
+def accumulation(args: TrainArguments, span_length: int) -> int:
+    """Micro-batches of a step, so that the rows of all processes have `tokens_per_step` tokens.
+
+    A budget of rows, so that all steps have the same shapes: packing leaves little of a row empty, and the
+    loss is the mean over the targets that a step really has. Raises ValueError for a budget that is no whole
+    number of micro-batches.
+    """
+    budget, rows = args.tokens_per_step, args.train_batch_size * args.world_size
+    if args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"tokens_per_step = {budget}: give it or gradient_accumulation_steps = "
+            f"{args.gradient_accumulation_steps}, not both"
+        )
+    steps, rest = divmod(budget, rows * span_length)
+    if steps < 1 or rest:
+        raise ValueError(
+            f"tokens_per_step = {budget}: must be a multiple of {rows * span_length}, the tokens of {rows} "
+            f"rows of span_length = {span_length} at once on all processes"
+        )
+    return steps
+
+
+def check_loggers(names: list[str]) -> None:
+    """Raises ValueError for one that is not installed: the Trainer would say so after the data were read."""
+    installed = get_available_reporting_integrations()
+    missing = [name for name in names if name not in installed]
+    if missing:
+        extra = "; pip install 'qstar[tensorboard]'" if "tensorboard" in missing else ""
+        raise ValueError(
+            f"report_to = {missing}: must be none, all or among the installed loggers, {installed}{extra}"
+        )
 
 
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:

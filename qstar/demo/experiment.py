@@ -46,7 +46,8 @@ def thinking(thought_length: int = STEPS, policy_weight: float = 1.0) -> QuietSt
         num_thoughts=2,
         policy_weight=policy_weight,
         reinforce_temperature=1.0,
-        boundary_token=" —",
+        start_token=" —",
+        end_token=" —",
         boundary_scale=1.0,
     )
 

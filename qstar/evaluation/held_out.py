@@ -4,15 +4,16 @@ training."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
-from qstar_kernels.vocabulary import entropy, mixed_nll, nll
+from qstar_kernels.vocabulary import entropy
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qstar.data import collate
-from qstar.layout import TextRows, ThoughtLayout
+from qstar.evaluation.predictions import evaluated, predict
+from qstar.layout import TextRows
 from qstar.model import QuietStarForCausalLM, in_eval_mode
 
 HARD_SHARE = 0.1
@@ -49,42 +50,38 @@ def scored(
     model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "scored"
 ) -> Iterator[HeldOut]:
     """As `held_out`, a batch of rows at a time."""
-    config = replace(
-        model.quiet_star,
-        num_thoughts=1,
-        talk_length=1,
-        thought_temperature=0.0,
-        thinking_positions="all",
-        thinking_fraction=1.0,
-    )
+    config = evaluated(model.quiet_star)
     for row in rows:
         model.check_length(len(row["input_ids"]), "a held-out row", config)
     device = model.boundary.start_raw.device
     with in_eval_mode(model):
         for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
             batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
-            text = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-            predicts = text.predicts(batch["labels"])
-            hidden, keys_values = model.read_text(batch["input_ids"], text)
-            layout = ThoughtLayout.plan(text, predicts, config)
-            thought = model.think(batch["input_ids"], hidden, keys_values, layout, config=config)
-            at = layout.valid
-            target = batch["labels"].gather(1, layout.target_index[..., 0])[at]
-            base = thought.base_hidden[:, :, 0, 0][at]
-            weight = thought.mix_weight[:, :, 0, 0][at]
-            mixed = mixed_nll(base, thought.talk_hidden[:, :, 0, 0][at], weight, model.head, target)
-            found = nll(base, model.head, target), mixed, weight, entropy(base, model.head)
-            yield HeldOut(*(x.cpu() for x in (*found, target, thought.tokens[:, :, 0][at])))
+            at = TextRows.from_batch(
+                batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+            ).predicts(batch["labels"])
+            found = predict(model, batch, at, ("without", "thoughts"))
+            base, mixed = found["without"], found["thoughts"]
+            target = batch["labels"].roll(-1, dims=1)[at]
+            figures = (
+                base.nll(model.head, target),
+                mixed.nll(model.head, target),
+                mixed.weight,
+                entropy(base.base, model.head),
+                target,
+                mixed.tokens,
+            )
+            yield HeldOut(*(x.cpu() for x in figures))  # type: ignore[union-attr]
 
 
-def hardest(start: HeldOut, share: float = HARD_SHARE) -> Tensor:
-    """[tokens] bool: the share of tokens with the highest base NLL before training.
+def hardest(base_nll: Tensor, share: float = HARD_SHARE) -> Tensor:
+    """[tokens] bool: the share of tokens with the highest base_nll [tokens], that before training.
 
     Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read
     these figures beside those of all tokens.
     """
-    chosen = torch.zeros_like(start.base_nll, dtype=torch.bool)
-    chosen[start.base_nll.topk(max(1, round(share * len(start.base_nll)))).indices] = True
+    chosen = torch.zeros_like(base_nll, dtype=torch.bool)
+    chosen[base_nll.topk(max(1, round(share * len(base_nll)))).indices] = True
     return chosen
 
 

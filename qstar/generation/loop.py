@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 import torch
 from qstar_kernels.vocabulary import logits
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from qstar.attention import BlockPass
 from qstar.cache import SlotCache, TextCache
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled
 from qstar.layout import TextRows
+from qstar.passes import linear_head, read_slots
 from qstar.rollout import rollout
 from qstar.supported import context_length
 
@@ -123,6 +124,9 @@ class Generation:
         hidden, keys_values = model.read_text(input_ids, rows)
         self.hidden: Tensor | None = hidden[:, -1]  # of the last certain token; None: it has not been read
         self.text = TextCache(keys_values, room)
+        self.authors_text = self.text  # what thoughts are written on; a frozen writer reads for itself
+        if model.writer is not None:
+            self.authors_text = TextCache(model.authors_text(input_ids, rows, keys_values), room)
         self.written = [Written() for _ in range(B)]
         self.counts = Counts()
         self.length = DraftLength(thinking.thought_length + 1, thinking.draft_length)
@@ -225,13 +229,30 @@ class Generation:
     def _read_token(self, token: Tensor, column: Tensor, longest: int) -> Tensor:
         """Token [B, 1] as a block of one slot that becomes column [B] of the text; its hidden state
         [B, D]."""
-        slots = SlotCache(1)
-        embedding = self.model.get_input_embeddings()(token)
-        hidden = self._read(embedding, column[:, None], 0, slots, longest)
-        self.text.write(slots, column)
+        hidden = self._extend(self.model.base, self.text, token, column, longest)
+        if self.model.writer is not None:
+            self._extend(self.model.writer.base, self.authors_text, token, column, longest)
         return hidden[:, -1]
 
-    def _read(self, embeddings: Tensor, end: Tensor, first: int, slots: SlotCache, longest: int) -> Tensor:
+    def _extend(
+        self, base: PreTrainedModel, text: TextCache, token: Tensor, column: Tensor, longest: int
+    ) -> Tensor:
+        slots = SlotCache(1)
+        embedding = base.get_input_embeddings()(token)
+        hidden = self._read(base, text, embedding, column[:, None], 0, slots, longest)
+        text.write(slots, column)
+        return hidden
+
+    def _read(
+        self,
+        base: PreTrainedModel,
+        text: TextCache,
+        embeddings: Tensor,
+        end: Tensor,
+        first: int,
+        slots: SlotCache,
+        longest: int,
+    ) -> Tensor:
         """Slots [first, ..) of blocks after `end` [B, P] columns: [B, P * Lq, D] -> hidden states alike."""
         self.counts.model_steps += 1
         B, P = end.shape
@@ -240,9 +261,9 @@ class Generation:
         positions = positions.clamp(max=self.last_position)  # of what will be thrown away
         start = self.start.expand(B, P)
         block_pass = BlockPass(
-            self.text.read(longest), start.int(), end.int(), slots, first, self.model.quiet_star.attention
+            text.read(longest), start.int(), end.int(), slots, first, self.model.quiet_star.attention
         )
-        return self.model.read_slots(embeddings, positions.flatten(1), block_pass)
+        return read_slots(base, embeddings, positions.flatten(1), block_pass)
 
     # -- thinking
 
@@ -259,17 +280,17 @@ class Generation:
         end = at[:, None] + position
         longest = max(self.columns) + n - 1
         k = self.thinking.thought_length
-        slots = SlotCache(k + 2)
-        embed, model = self.model.get_input_embeddings(), self.model
+        slots, model = SlotCache(k + 2), self.model
+        author, boundary = model.author
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
-            return self._read(embeddings, end, first, cache, longest)
+            return self._read(author, self.authors_text, embeddings, end, first, cache, longest)
 
         thought = rollout(
             read_slots=read,
-            embed=embed,
-            boundary=model.boundary,
-            head=model.head,
+            embed=author.get_input_embeddings(),
+            boundary=boundary,
+            head=linear_head(author),
             blocks=(B, P),
             thought_length=k,
             cache=slots,
@@ -277,9 +298,19 @@ class Generation:
             suppress=model.suppress,
             generator=self.generator,
         )
-        last = embed(thought[:, :, -1]) if k else model.boundary.start.expand(B, P, -1)
-        closing = torch.stack([last, model.boundary.end.to(last.dtype).expand(B, P, -1)], 2).flatten(1, 2)
-        talk = read(closing, k, slots).view(B, P, 2, -1)[:, :, 1]
+        written = model.get_input_embeddings()(thought)
+        opening, closing = (
+            x.to(written.dtype).expand(B, P, 1, -1) for x in (model.boundary.start, model.boundary.end)
+        )
+        unread = torch.cat([opening, written, closing], 2)
+        if model.writer is None:  # it has read all but the last two
+            unread = unread[:, :, k:]
+        else:
+            slots = SlotCache(k + 2)
+        talk = self._read(
+            model.base, self.text, unread.flatten(1, 2), end, k + 2 - unread.shape[2], slots, longest
+        )
+        talk = talk.unflatten(1, (P, -1))[:, :, -1]
         base_hidden = draft.hidden.gather(1, position[..., None].expand(-1, -1, draft.hidden.shape[-1]))
         w = self.model.mixing(base_hidden, talk).float()
         mixed = draft.base.clone()

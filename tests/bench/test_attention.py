@@ -12,9 +12,9 @@ from qstar_bench.attention_check import Judge
 from qstar_bench.attention_plan import PRESETS, AttentionArguments, plan
 from qstar_bench.attention_problem import PASSES, Problem, Shape
 from qstar_bench.memory import peak_bytes
-from qstar_bench.run import WrongResultError
 
 from qstar.cli.main import main
+from qstar.runs import WrongResultError
 
 SMALL = ["--tokens", "17", "--slots", "3", "--heads", "4", "--width", "16", "--rounds", "1"]
 TINY = Shape(T=9, L=2, R=1, Hq=2, Hkv=1, D=8)

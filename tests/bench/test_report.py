@@ -14,7 +14,7 @@ HOSTILE = "<script>console.error('run')</script><img src=https://example.org/x.p
 
 
 def a_run(bench="test", rows=({"name": "a", "value": 1.5},), **figures):
-    """A document as `qstar_bench.run.finish` makes it."""
+    """A document as `qstar.runs.finish` makes it."""
     machine = {"device": "cpu (Some Processor)", "threads": 2, "torch": "2.13.0", "commit": "abc1234+"}
     return {
         "bench": bench,

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from qstar_bench import scaling
-from qstar_bench.run import WrongResultError
 from qstar_bench.scaling import PRESETS, ScalingArguments, check, chosen, main, points
+
+from qstar.runs import WrongResultError
 
 
 def test_the_command_ends_with_its_run_and_chunks_need_less_memory(capsys, tmp_path):

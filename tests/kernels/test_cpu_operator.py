@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, problem
 from qstar_kernels import thought_attention
-from qstar_kernels.cpu_attention import _backward_op, _forward_op
+from qstar_kernels.cpu_attention import _backward_op, _forward_no_grad, _forward_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +46,7 @@ def test_torch_finds_schema_fake_version_and_gradients_right(case):
     options = 0.1, case.softcap, case.window, case.own
     torch.library.opcheck(_forward_op, (*leaves[:5], *ends, sinks, *options))
     operands = [None if x is None else x.detach() for x in (*leaves[:5], *ends, sinks)]
+    torch.library.opcheck(_forward_no_grad, (*operands, *options))
     torch.library.opcheck(_backward_op, (p.d_out, p.d_lse, *operands, *options))
 
 
@@ -82,9 +83,23 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_vmap_runs_it_once_for_each_item():
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_gradient_it_is_another_operator_with_the_same_results(case):
+    leaves, call = leaves_and_call(case, torch.float32)
+    expected = call(*leaves)
+    with torch.no_grad():
+        found = call(*leaves)
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
+    for x, y, z in zip(expected, found, compiled):
+        assert (x.requires_grad, y.requires_grad) == (True, False)
+        assert torch.equal(x, y) and torch.equal(y, z)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_runs_it_once_for_each_item(grad):
     leaves, call = leaves_and_call(Case())
     q = torch.stack([leaves[0].detach(), 2 * leaves[0].detach()])
     rest = [x.detach() for x in leaves[1:]]
-    mapped = torch.vmap(lambda x: call(x, *rest)[0])(q)
+    with torch.set_grad_enabled(grad):
+        mapped = torch.vmap(lambda x: call(x, *rest)[0])(q)
     assert torch.equal(mapped, torch.stack([call(x, *rest)[0] for x in q]))

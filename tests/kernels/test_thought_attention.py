@@ -2,7 +2,7 @@
 reference."""
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -345,7 +345,7 @@ def test_no_dense_mask_the_largest_tensor_is_an_operand_or_the_workspace(case, m
     inputs = *p.operands.values(), p.ranges["prefix_end"], p.ranges["prefix_start"], None
     options = engine.Options(scale=1.0, softcap=None, window=None, own="causal")
     with LargestTensor() as seen:  # it does not look into an operator: the engine itself
-        engine.forward(*inputs, options)
+        engine.forward(*inputs, *astuple(options))
         engine.backward(p.d_out, p.d_lse, *inputs, options)
     allowed = max(p.operands["q"].numel(), p.operands["k_prefix"].numel(), workspace // 4)
     assert seen.elements <= allowed < dense / 4
@@ -410,7 +410,10 @@ END = GOOD.ranges["prefix_end"]
         ),
         ({"q": Q.repeat(1, 1, 2, 1, 1)}, r"q\.shape\[2\] = 6: must be in \[1, 3\], the block's slots"),
         ({"q": Q[:, :, :0]}, r"q\.shape\[2\] = 0: must be in \[1, 3\]"),
-        ({"prefix_end": END.float()}, r"prefix_end\.dtype = torch\.float32: must be int32 or int64"),
+        (
+            {"prefix_end": END.float()},
+            r"prefix_end\.dtype = torch\.float32: must be one of \(torch\.int32, torch\.int64\)",
+        ),
         ({"prefix_end": END + 1}, r"prefix_end = 18: must be at most 17 prefix keys"),
         ({"prefix_end": END - 6}, r"prefix_end = -1: must be at least prefix_start = 0"),
         ({"prefix_start": END - 6}, r"prefix_start = -1: must be at least 0"),

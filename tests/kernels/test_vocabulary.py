@@ -135,6 +135,32 @@ def test_logits_equal_the_formula(head):
     )
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_mixed_logits_equal_the_mixture_of_both_sets_also_over_a_part_of_the_vocabulary(head):
+    leaves, _ = operands(**head)
+    w = torch.rand(M, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    base, thought = (naive_logits(leaves[name], leaves, **head) for name in ("hidden", "thought"))
+    truth = (1 - w[:, None]) * base + w[:, None] * thought
+    part = torch.tensor([300, 7, 19])
+    for tokens in (torch.arange(V), part):
+        only = head_of(leaves, **head).only(tokens)
+        found = vocabulary.mixed_logits(leaves["hidden"], leaves["thought"], w, only)
+        assert_equal({"value": found}, {"value": truth[:, tokens]})
+
+
+@pytest.mark.parametrize("rows", ROWS, ids="rows={}".format)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_nll_by_temperature_equals_log_prob_at_each_temperature(head, rows):
+    leaves, targets = operands(**head)
+    temperatures = torch.tensor([0.3, 1.0, 1.05, 2.5], dtype=torch.float64)
+    found = vocabulary.nll_by_temperature(
+        leaves["hidden"], head_of(leaves, **head), targets, temperatures, rows=rows
+    )
+    each = [-log_prob(leaves["hidden"], head_of(leaves, **head), targets, t) for t in temperatures.tolist()]
+    assert_equal({"value": found}, {"value": torch.stack(each, 1)})
+    assert not found.requires_grad
+
+
 def test_the_gradient_of_nll_is_exact_by_finite_differences():
     leaves, targets = operands(rows=3, bias=True)
     small = {"hidden": leaves["hidden"], "weight": leaves["weight"][:9], "bias": leaves["bias"][:9]}
@@ -257,7 +283,7 @@ def test_autocast_does_not_round_the_logits():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids="softcap={}".format)
-@pytest.mark.parametrize("name", ["nll", "log_prob", "mixed_nll", "entropy", "sample"])
+@pytest.mark.parametrize("name", ["nll", "log_prob", "mixed_nll", "entropy", "sample", "by_temperature"])
 def test_no_tensor_is_as_large_as_all_logits(name, softcap, monkeypatch):
     monkeypatch.setattr(vocabulary, "WORKSPACE_BYTES", 16 * V * 4)  # 16 rows of fp32 logits
     leaves, targets = operands(dtype=torch.float32, rows=997)
@@ -269,6 +295,7 @@ def test_no_tensor_is_as_large_as_all_logits(name, softcap, monkeypatch):
         "mixed_nll": lambda: mixed_nll(hidden, thought, w, head, targets).sum().backward(),
         "entropy": lambda: entropy(hidden, head),
         "sample": lambda: sample(hidden, head, suppress=SUPPRESS),
+        "by_temperature": lambda: vocabulary.nll_by_temperature(hidden, head, targets, torch.ones(2)),
     }
     with LargestTensor() as seen:
         calls[name]()
@@ -337,6 +364,14 @@ def changed(ids, value):
             r"mix_weight has shape \(1,\): must be \(11,\)",
         ),
         (lambda: mixed_nll(HIDDEN, THOUGHT, W, HEAD, changed(IDS, V)), rf"targets = {V}: must be in"),
+        (
+            lambda: vocabulary.mixed_logits(HIDDEN, THOUGHT, W[:1], HEAD),
+            r"mix_weight has shape \(1,\): must be \(11,\)",
+        ),
+        (
+            lambda: vocabulary.nll_by_temperature(HIDDEN, HEAD, IDS, torch.tensor([1.0, 0.0])),
+            r"temperatures = \[1\.0, 0\.0\]: must be positive",
+        ),
     ],
 )
 def test_bad_input_raises_naming_argument_value_and_what_is_allowed(call, message):

@@ -185,6 +185,21 @@ def test_a_frozen_base_gives_the_thought_parts_the_same_gradients_and_keeps_no_g
             torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3_text"])
+def test_of_a_frozen_base_the_last_layers_and_the_final_norm_may_learn(kind):
+    model = thinking_model(kind).freeze_base(1).train()
+    learns = {n for n, p in model.base.named_parameters() if p.requires_grad}
+    layers = {n for n in learns if ".1." in n}
+    norm = {n.rsplit(".", 1)[0].rsplit(".", 1)[1] for n in learns - layers}
+    assert norm == {{"gpt2": "ln_f", "opt": "final_layer_norm"}.get(kind, "norm")}
+    every = {n for n, _ in model.base.named_parameters() if ".1." in n}
+    assert layers == every and not any(".0." in n for n in learns)
+    model(IDS, thoughts=THOUGHTS).loss.backward()
+    assert {n for n, p in model.base.named_parameters() if p.grad is not None} == learns
+    with pytest.raises(ValueError, match=r"^trainable_layers = 3: must be in \[0, 2\]$"):
+        model.freeze_base(3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointed"])
 def test_the_trainer_moves_nothing_but_the_thought_parts_of_a_frozen_model(changes, tmp_path):
     model = thinking_model(block_chunk=12).freeze_base()

@@ -37,9 +37,11 @@ UNLABELLED = {"labels": torch.tensor([[-100] * 8 + [5, 6, 7, 8], [5, -100] * 6])
         ("llama", {}, {}),
         ("llama", {"num_thoughts": 3, "thought_length": 4}, PADDED),
         ("llama", {"num_thoughts": 1, "talk_length": 1}, PACKED),
-        ("llama", {"normalize_advantages": True}, UNLABELLED),
+        ("llama", {"advantage": "normalized"}, UNLABELLED),
         ("llama", {"thinking_positions": "uncertain", "thinking_fraction": 0.5}, PADDED),
         ("llama", {"thought_length": 0}, {}),
+        ("llama", {"talk_weight": 0.7, "base_weight": 0.0}, UNLABELLED),
+        ("llama", {}, {"think_mask": torch.tensor([[0, 1] * 6, [0] * 8 + [1] * 4])}),
         ("gemma2", {}, PADDED),  # a soft-capped head mixes logits
         ("gpt2", {"thought_temperature": 0.0}, {}),
     ],

@@ -44,7 +44,8 @@ def assert_same(a, b):
 
 METRICS = {
     "base_nll", "mixed_nll", "mixed_nll_1", "mixed_nll_2", "reward_mean", "reward_std", "mix_weight_mean",
-    "mix_weight_std", "policy_loss", "positive_advantages", "thoughts_per_second",
+    "mix_weight_std", "mix_weight_positive", "talk_gain", "policy_loss", "positive_advantages",
+    "thoughts_per_second",
 }  # fmt: skip
 
 

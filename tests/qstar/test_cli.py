@@ -140,7 +140,8 @@ def test_a_tokenizer_without_an_em_dash_is_told_what_is_used_instead(text, tmp_p
     options = SIZES | RUN | {"max_steps": 1, "output_dir": tmp_path / "out"}
     code, _, _ = call(capsys, "train", "--model", model, "--text", text, *flags(**options))
     assert code == 0
-    assert "boundary_token = '—' is no single token of this model: using -" in caplog.text
+    for name in ("start_token", "end_token"):
+        assert f"{name} = '—' is no single token of this model: using -" in caplog.text
 
 
 def test_generate_prints_the_same_text_for_a_prompt_alone_and_in_a_batch(capsys, trained):
@@ -193,6 +194,48 @@ def test_a_frozen_base_comes_out_of_training_as_it_went_in(capsys, base, text, t
     assert model.mixing.layers[-1].weight.abs().sum() > 0
 
 
+def test_with_lora_rank_adapters_are_trained_and_saved_and_the_base_stays(capsys, base, text, tmp_path):
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, *options)
+    assert code == 0, err
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (
+        tmp_path / "model.safetensors"
+    ).exists()
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    state = model.base.state_dict()
+    for name, x in begun.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(x, state.get(name, state.get(f"{layer}.base_layer.{kind}"))), name
+    moved = [name for name, x in state.items() if "lora_B" in name and x.abs().sum() > 0]
+    assert len(moved) == 2 * 7 and all(x.shape[0] == 4 for name, x in state.items() if "lora_A" in name)
+    assert model.mixing.layers[-1].weight.abs().sum() > 0
+    message = train_fails(capsys, "--model", tmp_path, "--text", text, *options)
+    assert message == "lora_rank = 4: the base model is frozen or has adapters already"
+
+
+def test_without_peft_lora_rank_names_the_extra(capsys, base, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = flags(**SIZES | RUN | {"output_dir": tmp_path, "lora_rank": 4})
+    message = train_fails(capsys, "--model", base, "--text", text, *options)
+    assert message == "lora_rank = 4: needs the package peft; pip install 'qstar[peft]'"
+
+
+def test_the_knobs_of_thoughts_are_options_and_the_last_layers_alone_move(capsys, base, text, tmp_path):
+    knobs = {"start_token": " the", "end_token": "-", "talk_weight": 1.0, "base_weight": 0.0}
+    knobs |= {"advantage": "normalized", "writer": "base", "policy_weight": 0.0, "trainable_layers": 1}
+    options = flags(**SIZES | RUN | knobs | {"output_dir": tmp_path, "boundary_scale": 1.0})
+    code, _, err = call(capsys, "train", "--model", base, "--text", text, *options)
+    assert code == 0, err
+    model, begun = QuietStarForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(base)
+    written = {name: getattr(model.quiet_star, name) for name in knobs if name != "trainable_layers"}
+    assert written == {name: value for name, value in knobs.items() if name != "trainable_layers"}
+    begun = begun.state_dict()
+    moved = {n for n, x in model.base.state_dict().items() if not torch.equal(x, begun[n])}
+    assert moved and all(".layers.1." in n or n == "model.norm.weight" for n in moved)
+    writer = dict(model.writer.base.named_parameters())
+    assert all(torch.equal(writer[n], begun[n]) for n in writer)
+
+
 UNSUPPORTED = {
     "bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 4},
     "falcon": SMALL | {"num_attention_heads": 4},
@@ -227,6 +270,11 @@ REFUSED = {
         "a row of span_length has 93 tokens: with 5 slots for a thought and its talk tokens, 97 positions "
         "exceed the model's context of 96",
     ),
+    "no rank": (["--lora_rank", 0], "lora_rank = 0: must be at least 1"),
+    "nothing to adapt": (
+        ["--lora_rank", 4, "--trainable_layers", 1],
+        "lora_rank = 4: the base model is frozen",
+    ),
     "no config": (["--config"], "--config: needs a YAML file"),
     "missing config": (["--config", "no.yaml"], "No such file or directory: 'no.yaml'"),
     "nothing to resume": (
@@ -242,6 +290,17 @@ def test_a_mistake_in_the_options_is_told_in_one_line(capsys, case, base, text, 
     wrong, message = REFUSED[case]
     rest = ["--model", base, "--text", text, *flags(**SIZES | {"max_steps": 1, "output_dir": tmp_path})]
     assert message in train_fails(capsys, *(rest if case != "no options" else []), *wrong)
+
+
+def test_a_logger_that_is_not_installed_is_told_in_one_line_with_its_extra(capsys, monkeypatch, base, text):
+    monkeypatch.setattr("qstar.cli.train.get_available_reporting_integrations", lambda: ["wandb"])
+    rest = ["--model", base, "--text", text, "--report_to"]
+    allowed = "must be none, all or among the installed loggers, ['wandb']"
+    extra = "; pip install 'qstar[tensorboard]'"
+    assert (
+        train_fails(capsys, *rest, "tensorboard", "wandb") == f"report_to = ['tensorboard']: {allowed}{extra}"
+    )
+    assert train_fails(capsys, *rest, "mlflow") == f"report_to = ['mlflow']: {allowed}"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,11 @@ REFUSED = [
     ("base_weight", -0.1, "in [0, 1]"),
     ("base_weight", 1.1, "in [0, 1]"),
     ("boundary_scale", 0.0, "positive"),
-    ("boundary_token", "", "a non-empty text"),
+    ("talk_weight", -0.5, "at least 0"),
+    ("advantage", "normalised", "one of ('paper', 'normalized')"),
+    ("writer", "frozen", "one of ('self', 'base')"),
+    ("start_token", "", "a non-empty text"),
+    ("end_token", "", "a non-empty text"),
 ]
 
 
@@ -35,6 +39,12 @@ def test_a_refused_value_names_field_value_and_what_is_allowed(name, value, allo
     with pytest.raises(ValueError) as error:
         QuietStarConfig(**{name: value})
     assert str(error.value) == f"{name} = {value!r}: must be {allowed}"
+
+
+def test_a_frozen_writer_has_no_policy_to_learn():
+    with pytest.raises(ValueError, match=r"^policy_weight = 1000000\.0: must be 0 when writer is 'base'"):
+        QuietStarConfig(writer="base")
+    assert QuietStarConfig(writer="base", policy_weight=0.0).writer == "base"
 
 
 ALLOWED = [
@@ -63,7 +73,7 @@ def test_the_defaults_are_the_papers_recipe():
     assert (config.num_thoughts, config.thinking_positions, config.thinking_fraction) == (2, "all", 1.0)
     assert (config.thought_temperature, config.reinforce_temperature) == (1.0, 3.0)
     assert (config.policy_weight, config.base_weight, config.boundary_scale) == (1e6, 0.5, 100.0)
-    assert not config.normalize_advantages
+    assert (config.advantage, config.writer, config.talk_weight) == ("paper", "self", 0.0)
 
 
 @pytest.mark.parametrize("thought_length, talk_length, slots", [(0, 1, 2), (9, 1, 11), (9, 4, 14)])
@@ -80,8 +90,15 @@ def test_an_unknown_key_is_refused_by_name():
         QuietStarConfig.from_dict({"n_ahead": 12, "talk_length": 4})
 
 
+@pytest.mark.parametrize("normalize, advantage", [(False, "paper"), (True, "normalized")])
+def test_the_config_of_an_earlier_checkpoint_is_read_under_its_names_of_now(normalize, advantage):
+    old = {"boundary_token": " —", "normalize_advantages": normalize, "thought_length": 3}
+    expected = QuietStarConfig(start_token=" —", end_token=" —", advantage=advantage, thought_length=3)
+    assert QuietStarConfig.from_dict(old) == expected
+
+
 def test_json_and_back_gives_an_equal_config():
-    config = QuietStarConfig(thought_length=0, boundary_token="—", suppressed_tokens=[0, 1])
+    config = QuietStarConfig(thought_length=0, start_token=" is", suppressed_tokens=[0, 1])
     assert QuietStarConfig.from_dict(json.loads(config.to_json())) == config
 
 

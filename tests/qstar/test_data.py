@@ -3,10 +3,13 @@
 import json
 import sys
 from itertools import islice, pairwise
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from shards import write_shard
 from tiny_models import thinking_model
 from tiny_tokenizer import PROSE, tiny_tokenizer
 
@@ -52,10 +55,9 @@ def documents(rows):
 SENTENCES = [f"number {i}: we meet today to speak of the work." for i in range(40)]
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_a_text_file_is_one_document_cut_into_spans_that_give_it_back(tmp_path, streaming):
+def test_a_text_file_is_one_document_cut_into_spans_that_give_it_back(tmp_path):
     text = PROSE * 5
-    train, held_out = load(text=[write(tmp_path / "a.txt", text)], streaming=streaming)
+    train, held_out = load(text=[write(tmp_path / "a.txt", text)])
     spans = sorted(tuple(row["input_ids"]) for row in train + held_out)
     ids = [*TOKENIZER(text)["input_ids"], EOS]
     expected = [tuple(ids[i : i + 12]) for i in range(0, len(ids), 12)]
@@ -64,10 +66,9 @@ def test_a_text_file_is_one_document_cut_into_spans_that_give_it_back(tmp_path, 
     assert all(row["position_ids"] == list(range(len(row["input_ids"]))) for row in train)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_jsonl_files_give_every_record_whole_as_a_document_of_its_own_that_ends_in_eos(tmp_path, streaming):
+def test_jsonl_files_give_every_record_whole_as_a_document_of_its_own_that_ends_in_eos(tmp_path):
     files = [write(tmp_path / f"{i}.jsonl", [{"body": s} for s in SENTENCES[i::2]]) for i in range(2)]
-    train, held_out = load(text=files, text_field="body", span_length=64, streaming=streaming)
+    train, held_out = load(text=files, text_field="body", span_length=64)
     found = documents(train + held_out)
     assert sorted(found) == sorted((*TOKENIZER(s)["input_ids"], EOS) for s in SENTENCES)
     assert all(len(row["input_ids"]) <= 64 for row in train)
@@ -89,28 +90,33 @@ def test_anything_that_load_dataset_reads_is_a_source(tmp_path):
     assert len(documents(train + held_out)) == 40
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.json.gz", "a.jsonl"])
+def test_files_of_records_are_read_whatever_their_format_by_name_folder_or_pattern(tmp_path, name):
+    write_shard(tmp_path / "data" / name, [{"text": s, "url": "x"} for s in SENTENCES])
+    for source in (f"data/{name}", "data", "*/a.*"):
+        train, held_out = load(text=[str(tmp_path / source)], span_length=64)
+        assert len(documents(train + held_out)) == 40
+
+
 def test_blank_lines_of_a_jsonl_file_are_no_records(tmp_path):
     lines = "\n".join(json.dumps({"text": s}) + "\n" for s in SENTENCES)
     train, held_out = load(text=[write(tmp_path / "a.jsonl", "\n" + lines + "\n\n")], span_length=64)
     assert len(documents(train + held_out)) == 40
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_held_out_rows_are_in_no_training_row_and_the_seed_decides(tmp_path, streaming):
+def test_held_out_rows_are_in_no_training_row_and_the_seed_decides(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"text": s} for s in SENTENCES])
-    train, held_out = load(text=[file], held_out_rows=5, span_length=64, streaming=streaming)
+    train, held_out = load(text=[file], held_out_rows=5, span_length=64)
     assert len(held_out) == 5
     rows = [tuple(row["input_ids"]) for row in train]
     assert not set(rows) & {tuple(row["input_ids"]) for row in held_out}
-    again, other = (
-        load(text=[file], held_out_rows=5, span_length=64, streaming=streaming, seed=s)[0] for s in (0, 1)
-    )
+    again, other = (load(text=[file], held_out_rows=5, span_length=64, seed=s)[0] for s in (0, 1))
     assert again == train and other != train
 
 
 def test_no_document_of_a_packed_row_attends_to_another(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"text": s} for s in SENTENCES])
-    train, _ = load(text=[file], span_length=60)
+    train, _ = load(text=[file], span_length=80)
     batch = collate(train[:2])
     assert int((batch["position_ids"] == 0).sum()) > 4
     batch["input_ids"] %= 61
@@ -143,11 +149,31 @@ def test_rows_are_filled_in_order_with_spans_of_documents_and_never_overfull():
     rows = pack_rows(iter(given), span_length=6)
     assert rows["input_ids"] == [
         list(range(100, 106)),  # 106 alone would predict nothing
-        [1, 2, 3, 4, 5],
         list(range(200, 206)),
         list(range(206, 212)),
+        [3, 4, 5, 1, 2],
     ]
-    assert rows["position_ids"] == [[*range(6)], [0, 1, 0, 1, 2], [*range(6)], [*range(6)]]
+    assert rows["position_ids"] == [[*range(6)], [*range(6)], [*range(6)], [0, 1, 2, 0, 1]]
+
+
+def test_a_document_goes_where_it_leaves_least_room():
+    rows = pack_rows([[1] * 6, [2] * 5, [3] * 4, [4] * 3, [5] * 2], span_length=10)
+    assert rows["input_ids"] == [[1] * 6 + [3] * 4, [2] * 5 + [4] * 3 + [5] * 2]
+
+
+def test_a_random_span_begins_at_any_token_from_which_it_is_whole():
+    draw = np.random.default_rng(0)
+    begins = [pack_rows([list(range(9))], 6, draw)["input_ids"][0] for _ in range(60)]
+    assert {row[0] for row in begins} == {0, 1, 2, 3}
+    assert all(row == list(range(row[0], row[0] + 6)) for row in begins)
+    assert pack_rows([[7, 8, 9]], 6, draw)["input_ids"] == [[7, 8, 9]]
+
+
+def test_random_spans_of_a_text_that_is_held_whole_are_one_a_document_and_the_seed_draws_them(tmp_path):
+    files = [write(tmp_path / f"{i}.jsonl", [{"text": f"number {i}: {PROSE}"}]) for i in range(8)]
+    drawn = (load(text=files, spans="random", seed=seed) for seed in (0, 0, 1))
+    rows, again, other = (documents(train + held_out) for train, held_out in drawn)
+    assert len(rows) == 8 and sorted(rows) == sorted(again) != sorted(other)
 
 
 def test_an_end_of_text_that_is_there_already_is_not_doubled():
@@ -195,40 +221,36 @@ REFUSED = {
     "template of nothing": ("a.jsonl", JSONL, {"template": "Q:"}, "template = 'Q:': must name fields"),
     "template by number": ("a.jsonl", JSONL, {"template": "{}"}, "template = '{}': must name fields"),
     "open template": ("a.jsonl", JSONL, {"template": "{text"}, "template = '{text': expected '}'"),
-    "no json": ("a.jsonl", "{'text': 1}\n{\n", {}, "a.jsonl']: cannot be read"),
+    "no json": ("a.jsonl", "{'text': 1}\n{\n", {}, "a.jsonl': line 1 is no JSON"),
+    "no json later": ("a.jsonl", '{"text": "a"}\n{\n', {}, "a.jsonl': line 2 is no JSON"),
     "span": ("a.txt", TEXT, {"span_length": 5}, "span_length = 5: must be at least 6"),
     "held out": ("a.txt", TEXT, {"held_out_rows": 0}, "held_out_rows = 0: must be at least 1"),
 }
-STREAMED = ["few rows", "no field", "null field", "shorter than talk", "no json"]
 
 
-@pytest.mark.parametrize(
-    "case, streaming", [(c, False) for c in REFUSED] + [(c, True) for c in STREAMED], ids=str
-)
-def test_a_source_that_gives_no_rows_is_refused_and_says_why(tmp_path, case, streaming):
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_source_that_gives_no_rows_is_refused_and_says_why(tmp_path, case):
     name, content, given, message = REFUSED[case]
-    given = {"text": [write(tmp_path / name, content)]} | given
-    if streaming:
-        message = {"shorter than talk": "the text has only 0 rows", "no json": "JSON parse error"}.get(
-            case, message
-        )
     with pytest.raises(ValueError) as error:
-        load(talk_length=4, **given, streaming=streaming)
+        load(talk_length=4, **({"text": [write(tmp_path / name, content)]} | given))
     assert message in str(error.value)
 
 
-def test_a_stream_as_long_as_what_is_held_out_leaves_nothing_to_train_on_and_is_refused(tmp_path):
-    file = write(tmp_path / "a.jsonl", JSONL)
-    train, held_out = load(text=[file], streaming=True)
-    rows = len(train) + len(held_out)
-    assert len(load(text=[file], streaming=True, held_out_rows=rows - 1)[0]) == 1
-    with pytest.raises(ValueError, match=f"held_out_rows = {rows}: the text has only {rows} rows"):
-        load(text=[file], streaming=True, held_out_rows=rows)
+@pytest.mark.parametrize("name", ["b.parquet", "b.json.gz"])
+def test_a_file_that_breaks_late_is_named_among_many(tmp_path, name):
+    good = write_shard(tmp_path / name.replace("b", "a"), JSONL)
+    broken = write_shard(tmp_path / name, [{"text": s} for s in SENTENCES * 40])
+    whole = Path(broken).read_bytes()
+    Path(broken).write_bytes(
+        whole[: -len(whole) // 3] if name.endswith("gz") else whole[:2000] + whole[2300:]
+    )
+    with pytest.raises(ValueError, match=rf"{name}'?: cannot be read"):
+        load(text=[good, broken])
 
 
 def test_mixed_kinds_of_files_and_bytes_that_are_no_text_are_refused(tmp_path):
     files = [write(tmp_path / "a.jsonl", JSONL), write(tmp_path / "a.txt", TEXT)]
-    with pytest.raises(ValueError, match=r"give either \.jsonl files or plain text"):
+    with pytest.raises(ValueError, match=r"a\.jsonl', '.*a\.txt'\]: are json, text; give one kind"):
         load(text=files)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"b\.txt': is no UTF-8 text"):

@@ -242,8 +242,8 @@ def test_11_both_gradient_norms_are_told_apart_and_advantages_can_be_normalised(
     assert abs(norms["policy"] - norms["nll"]) <= total <= norms["policy"] + norms["nll"]
     reward = torch.randn(3, 5, 4, generator=seeded())
     rewarded = torch.ones(3, 5, dtype=torch.bool)
-    small = objective.advantage(reward * 1e-3, rewarded, normalize=True)
-    assert torch.allclose(small, objective.advantage(reward * 1e3, rewarded, normalize=True), rtol=1e-4)
+    small = objective.advantage(reward * 1e-3, rewarded, "normalized")
+    assert torch.allclose(small, objective.advantage(reward * 1e3, rewarded, "normalized"), rtol=1e-4)
     assert objective.advantage(reward * 1e-3, rewarded).max() < 1e-2
 
 

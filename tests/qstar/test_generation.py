@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.cli.generate import left_padded
+from qstar.data import left_padded
 from qstar.demo import TINY_LM
 from qstar.generation import acceptance, loop
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled

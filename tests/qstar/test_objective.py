@@ -84,10 +84,10 @@ def test_normalised_advantages_are_divided_by_the_deviation_of_the_rewarded_only
         if rewarded[b, p]
     }
     deviation = statistics.stdev(centred.values())
-    found = objective.advantage(reward, rewarded, normalize=True)
+    found = objective.advantage(reward, rewarded, "normalized")
     for at in everywhere():
         assert found[at].item() == pytest.approx(max(centred.get(at, 0.0), 0.0) / deviation, abs=1e-5)
-    equal = objective.advantage(torch.ones(B, P, R), rewarded, normalize=True)
+    equal = objective.advantage(torch.ones(B, P, R), rewarded, "normalized")
     assert torch.equal(equal, torch.zeros(B, P, R))
 
 

@@ -28,8 +28,10 @@ LENGTHS = (14, 9, 14, 5)  # of each half the longest row is as long
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 EQUAL = [{"input_ids": row.tolist(), "position_ids": list(range(14))} for row in tokens(4, 14)]
 UNEQUAL = [{name: x[:n] for name, x in row.items()} for row, n in zip(EQUAL, LENGTHS)]
+GREEDY = {"thought_temperature": 0.0, "num_thoughts": 1}
 SORTED = sorted(UNEQUAL, key=lambda row: len(row["input_ids"]))
-APART = {"rows": SORTED, "apart": True, "thought_temperature": 0.0, "num_thoughts": 1}
+APART = GREEDY | {"rows": SORTED, "apart": True}
+MASKED = [row | {"think_mask": [int(x % 2) for x in row["input_ids"]]} for row in EQUAL]
 
 # way; what else: knobs of the config, rows, apart (each part is padded by itself), how the model is sharded
 CASES: dict[str, dict] = {
@@ -46,8 +48,11 @@ CASES: dict[str, dict] = {
     "at the start, w = 0": {"mix": 0.0, "policy_weight": 0.0},
     "no thought": {"thought_length": 0},
     "one thought": {"num_thoughts": 1},
+    "think_mask": GREEDY | {"rows": MASKED},
+    "talk loss": {"rows": UNEQUAL, "talk_weight": 0.3, "block_chunk": 24},
     "soft-capped and tied": {"kind": "gemma2"},
 }
+WHOLE_CASES: dict[str, dict] = {"frozen writer": {"writer": "base", "policy_weight": 0.0}}
 SHARDED_CASES: dict[str, dict] = {
     "kept after forward": {"reshard_after_forward": False},
     "embeddings and head apart": {"apart_from_root": True},
@@ -118,7 +123,7 @@ def shared(way: str, rows=EQUAL, apart=False, apart_from_root=False, reshard_aft
 
 def compare_gradients() -> dict[str, list[float]]:
     """{way and case: [relative error of the loss, of the worst gradient, positive advantages]}."""
-    cases = {("ddp", name): case for name, case in CASES.items()}
+    cases = {("ddp", name): case for name, case in (CASES | WHOLE_CASES).items()}
     cases |= {("fsdp2", name): case for name, case in (CASES | SHARDED_CASES).items()}
     expected = {name: alone(**case) for name, case in cases.items()}
     distributed.init_process_group("gloo")

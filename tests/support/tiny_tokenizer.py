@@ -16,7 +16,7 @@ PROSE = (
 
 
 @cache
-def _trained(em_dash: bool, vocabulary: int) -> str:
+def _trained(em_dash: bool, vocabulary: int, more: str) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,14 +26,17 @@ def _trained(em_dash: bool, vocabulary: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([PROSE + ("— " * 40 if em_dash else "")], trainer)
+    tokenizer.train_from_iterator([PROSE + ("— " * 40 if em_dash else "") + more], trainer)
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(em_dash: bool = True, pad: bool = False, vocabulary: int = 300) -> PreTrainedTokenizerFast:
-    """end-of-text is id 0; without an em dash of its own a byte-level tokenizer spells it in three tokens."""
+def tiny_tokenizer(
+    em_dash: bool = True, pad: bool = False, vocabulary: int = 300, more: str = ""
+) -> PreTrainedTokenizerFast:
+    """end-of-text is id 0; without an em dash of its own a byte-level tokenizer spells it in three tokens.
+    more: text that it also learns from."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained(em_dash, vocabulary)),
+        tokenizer_object=Tokenizer.from_str(_trained(em_dash, vocabulary, more)),
         eos_token="<eos>",
         pad_token="<eos>" if pad else None,
     )

@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from qstar_bench.run import OutputArguments, finish, machine
 
 from qstar.profiling import traced
+from qstar.runs import OutputArguments, finish, machine
 
 
 @dataclass

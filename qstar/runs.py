@@ -1,4 +1,5 @@
-"""What every measurement shares: where its figures go, and which machine they hold for.
+"""What every measurement shares, of the benches and of `qstar eval`: where its figures go, and which machine
+they hold for.
 
 A run is one JSON document {"bench", "when", "machine", "arguments", "rows", and figures of its own}: the last
 line of stdout, and with `--append` a line of a JSONL file, which `qstar bench report` and all plots are made

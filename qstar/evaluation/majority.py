@@ -1,0 +1,147 @@
+"""cot-maj@k: the model writes k chains of thought aloud, each ends in a number, and the majority answers.
+
+Source: arXiv 2403.09629, section 5 and appendix, as in the authors' code: sampled at temperature 0.9, cut
+where another question begins, then asked for the answer, whose first integer counts; a chain without any is a
+vote for none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qstar.data import left_padded
+from qstar.evaluation.predictions import Thinking
+from qstar.evaluation.questions import Question
+from qstar.evaluation.run import Figures
+from qstar.model import QuietStarForCausalLM
+from qstar.supported import context_length
+
+BEGIN = " Let's think step by step."
+ASK = "\nTherefore, the answer (arabic numerals) is"
+THINK = {"without": "never", "thoughts": "always"}
+
+
+def first_integer(text: str) -> int | None:
+    found = re.search(r"\d+", text.replace(",", ""))
+    return int(found.group()) if found else None
+
+
+@dataclass(frozen=True)
+class MajorityVote:
+    """A `run.Task`; the figures of a question are the answers of its chains, chain, the share of them that is
+    right, and majority, 0 or 1. Thoughts before every token of a chain."""
+
+    questions: Sequence[Question]
+    tokenizer: Any
+    votes: int = 8
+    temperature: float = 0.9
+    chain_tokens: int = 384
+    answer_tokens: int = 12
+    ways = ("without", "thoughts")
+    metrics = ("chain", "majority")
+
+    def __post_init__(self) -> None:
+        for name in ("votes", "chain_tokens", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature = {self.temperature}: must be positive, or all votes are one")
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(self._ids(question)) for question in self.questions]
+
+    def _ids(self, question: Question) -> list[int]:
+        return self.tokenizer(question.prompt + BEGIN, verbose=False)["input_ids"]
+
+    def check(self, model: QuietStarForCausalLM) -> None:
+        asked = len(self.tokenizer(ASK)["input_ids"])
+        slots = model.quiet_star.thought_length + 2
+        needed = max(self.lengths) + self.chain_tokens + asked + self.answer_tokens - 1 + slots
+        context = context_length(model.config)
+        if context is not None and needed > context:
+            raise ValueError(
+                f"chain_tokens = {self.chain_tokens}: the longest question, its chain, the answer and a "
+                f"thought take {needed} positions, more than the model's context of {context}"
+            )
+
+    def score(
+        self,
+        model: QuietStarForCausalLM,
+        questions: list[int],
+        ways: tuple[str, ...],
+        thinking: Thinking,
+        generator: torch.Generator,
+    ) -> dict[str, list[Figures]]:
+        asked = [self.questions[i] for i in questions]
+        figures: dict[str, list[Figures]] = {}
+        for way in ways:
+
+            def write(prompts: list[str], tokens: int, stop: list[str] | None, way=way) -> list[str]:
+                seed = generator.initial_seed()
+                return self._continued(model, prompts, tokens, stop, THINK[way], thinking, seed)
+
+            prompts = [question.prompt + BEGIN for question in asked for _ in range(self.votes)]
+            chains = [self._chain(text) for text in write(prompts, self.chain_tokens, ["Q:"])]
+            finals = [prompt + chain + ASK for prompt, chain in zip(prompts, chains)]
+            answers = [first_integer(text) for text in write(finals, self.answer_tokens, None)]
+            figures[way] = [
+                self._counted(question, answers[i * self.votes : (i + 1) * self.votes])
+                for i, question in enumerate(asked)
+            ]
+        return figures
+
+    @staticmethod
+    def _chain(text: str) -> str:
+        """Up to where another question begins, or the second gap of two empty lines."""
+        text = text.split("Q:")[0]
+        return "\n\n\n".join(text.split("\n\n\n")[:2]).rstrip()
+
+    @staticmethod
+    def _counted(question: Question, answers: list[int | None]) -> Figures:
+        right = first_integer(question.answer)
+        ((majority, _),) = Counter(answers).most_common(1)
+        share = sum(answer == right for answer in answers) / len(answers)
+        return {"answers": answers, "chain": share, "majority": int(majority == right)}
+
+    def _continued(
+        self,
+        model: QuietStarForCausalLM,
+        prompts: list[str],
+        tokens: int,
+        stop: list[str] | None,
+        think: str,
+        thinking: Thinking,
+        seed: int,
+    ) -> list[str]:
+        encoded = [self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        ids, mask = left_padded(encoded)
+        device = model.boundary.start_raw.device
+        eos = self.tokenizer.eos_token_id
+        written = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=eos,
+            pad_token_id=eos or 0,
+            stop_strings=stop,
+            tokenizer=self.tokenizer,
+            think=think,
+            thought_temperature=thinking.temperature,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+        # decoded with its prompt: alone, some tokenizers lose the space before the first token
+        before = [len(self.tokenizer.decode(x, skip_special_tokens=True)) for x in encoded]
+        new = written[:, ids.shape[1] :].tolist()
+        whole = [self.tokenizer.decode(x + y, skip_special_tokens=True) for x, y in zip(encoded, new)]
+        return [text[n:] for text, n in zip(whole, before)]

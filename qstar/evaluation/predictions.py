@@ -1,0 +1,151 @@
+"""What predicts the next token at chosen positions of a batch, in every way that an evaluation compares.
+
+The geometry is that of training: the same layout, rollout and pass over the slots, one thought a position,
+and the prediction right after it. Legend: B rows, T tokens, M positions, k thought tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from qstar_kernels.vocabulary import LinearHead, logits, mixed_logits, mixed_nll, nll
+from torch import Tensor
+
+from qstar.boundary import SUBSTITUTES, boundary_token_id
+from qstar.config import QuietStarConfig
+from qstar.layout import TextRows, ThoughtLayout
+from qstar.model import QuietStarForCausalLM
+
+# the base model's own prediction (w = 0); after a thought; after that of another position; after k times the
+# same token, which takes the same slots but says nothing
+WAYS = ("without", "thoughts", "shuffled", "pause")
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How thoughts come about: temperature 0 is argmax; pause_token: what a pause repeats, see
+    `pause_token`."""
+
+    temperature: float = 0.0
+    pause_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"thought_temperature = {self.temperature}: must be at least 0")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """base [M, D]: hidden states of the text; thought [M, D]: those after a thought, and weight [M] fp32 of
+    them, or None, where w = 0; tokens [M, k] int64: the thoughts."""
+
+    base: Tensor
+    thought: Tensor | None = None
+    weight: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def logits(self, head: LinearHead, at: slice | Tensor = slice(None)) -> Tensor:
+        """[m, V] of the positions `at`, in high precision."""
+        if self.thought is None or self.weight is None:
+            return logits(self.base[at], head)
+        return mixed_logits(self.base[at], self.thought[at], self.weight[at], head)
+
+    @torch.no_grad()
+    def nll(self, head: LinearHead, targets: Tensor) -> Tensor:
+        """[M] nats, of targets [M] int64; no logits are kept."""
+        if self.thought is None or self.weight is None:
+            return nll(self.base, head, targets)
+        return mixed_nll(self.base, self.thought, self.weight, head, targets)
+
+
+def evaluated(config: QuietStarConfig, temperature: float = 0.0) -> QuietStarConfig:
+    """The knobs of an evaluation: one thought at every position in question, one token after it."""
+    return replace(
+        config,
+        num_thoughts=1,
+        talk_length=1,
+        thought_temperature=temperature,
+        thinking_positions="all",
+        thinking_fraction=1.0,
+    )
+
+
+@torch.no_grad()
+def predict(
+    model: QuietStarForCausalLM,
+    batch: dict[str, Tensor],
+    at: Tensor,
+    ways: tuple[str, ...] = WAYS,
+    thinking: Thinking | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Predictions]:
+    """The predictions of the token after each position where at [B, T] is True, in row order, by way.
+
+    batch: input_ids, attention_mask (and position_ids, of packed rows) [B, T]. Thoughts are the same for
+    every way; generator draws them, and what goes where in "shuffled". Raises ValueError for thoughts that
+    cannot be shuffled, being fewer than two, and a pause without its token.
+    """
+    thinking = thinking or Thinking()
+    rows = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch.get("position_ids"))
+    hidden, keys_values = model.read_text(batch["input_ids"], rows)
+    base = hidden[at]
+    found = {"without": Predictions(base)} if "without" in ways else {}
+    if set(ways) <= {"without"}:
+        return found
+    config = evaluated(model.quiet_star, thinking.temperature)
+    layout = ThoughtLayout.plan(rows, at, config)
+    parts = list(layout.chunks(config.chunk_positions or layout.positions.shape[1]))
+    written_on = model.authors_text(batch["input_ids"], rows, keys_values)
+    own = torch.cat([model.sample_thoughts(written_on, part, config, generator) for _, part in parts], 1)
+    for way in ways:
+        if way == "without":
+            continue
+        tokens = own
+        if way == "shuffled":
+            tokens = shuffled(own, layout.valid, generator)
+        elif way == "pause":
+            if thinking.pause_token is None:
+                raise ValueError("pause_token = None: a pause needs a token to repeat")
+            tokens = torch.full_like(own, thinking.pause_token)
+        talk, weight = [], []
+        for where, part in parts:
+            read = model.read_thoughts(
+                batch["input_ids"], hidden, keys_values, part, tokens[:, where], config
+            )
+            talk.append(read.talk_hidden[:, :, 0, 0])
+            weight.append(read.mix_weight[:, :, 0, 0])
+        valid = layout.valid
+        found[way] = Predictions(
+            base, torch.cat(talk, 1)[valid], torch.cat(weight, 1)[valid], tokens[:, :, 0][valid]
+        )
+    return found
+
+
+def shuffled(thoughts: Tensor, valid: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Every thought of [B, P, 1, k] at a position of another: of another row, where none has more than half
+    of the valid [B, P] positions; never at its own. Raises ValueError for fewer than two positions."""
+    count = int(valid.sum())
+    if count < 2:
+        raise ValueError(f"batch_size: {count} thoughts in a batch cannot be shuffled; take larger batches")
+    row = valid.nonzero()[:, 0].cpu()
+    by_row, within = (torch.rand(n, generator=generator) for n in (len(valid), count))
+    # rows in random order, each with its positions in random order; then all move on by the longest row
+    order = within.argsort()
+    order = order[by_row[row[order]].argsort(stable=True)]
+    distance = min(int(valid.sum(1).max()), count - 1)
+    source = torch.empty_like(order)
+    source[order] = order.roll(distance)
+    moved = thoughts.clone()
+    moved[valid] = thoughts[valid][source.to(thoughts.device)]
+    return moved
+
+
+def pause_token(tokenizer) -> int:
+    """The token that a pause repeats: a dash, or what else the boundaries may begin from. Raises ValueError
+    where none is one token."""
+    token, _ = boundary_token_id(tokenizer, "pause", SUBSTITUTES[0])
+    if token is None:
+        raise ValueError(f"pause: none of {SUBSTITUTES} is one token of this tokenizer")
+    return token

@@ -1,0 +1,148 @@
+"""What the proof has measured, test fact by test fact, as lines of a file that a later run goes on with; and
+what it says in sum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qstar import jsonl
+from qstar.evaluation.statistics import Estimate, Sums, estimates
+
+OVER_CONTROL, OVER_SHUFFLED = 0.15, 0.10  # what the mean over splits and seeds must reach
+Row = dict[str, Any]
+
+
+def thoughts(k: int, test: str = "") -> str:
+    """Name of the condition that thinks k tokens, and of another test of the same model."""
+    return f"thoughts, k = {k}" + (f", {test}" if test else "")
+
+
+class Results:
+    """Lines of {seed, split, condition, seconds, facts, correct, nll, said}: of every test fact (its number
+    in `facts()`), whether the likeliest letter was right, the NLL of the right one, and the thought.
+
+    The file's first line has the settings: raises ValueError for a file of a run with others.
+    """
+
+    def __init__(self, settings: dict[str, Any], output: Path):
+        self.rows: list[Row] = []
+        self._output = output
+        settings = json.loads(json.dumps(settings))
+        before = jsonl.resume(str(output), "those of a proof", self._take)
+        if before is None:
+            self._write({"settings": settings})
+        elif before != settings:
+            other = sorted(n for n in {*before, *settings} if before.get(n) != settings.get(n))
+            raise ValueError(f"output = {str(output)!r}: is of a run with other {', '.join(other)}")
+
+    def _take(self, lines: list[Row]) -> dict[str, Any] | None:
+        self.rows = [
+            {name: line[name] for name in ("seed", "split", "condition", "facts", "correct")} | line
+            for line in lines[1:]
+        ]
+        return lines[0]["settings"] if lines else None
+
+    def _write(self, line: Row) -> None:
+        with self._output.open("a", encoding="utf-8") as file:
+            print(json.dumps(line, ensure_ascii=False), file=file)
+
+    def has(self, seed: int, split: int, condition: str) -> bool:
+        return any((r["seed"], r["split"], r["condition"]) == (seed, split, condition) for r in self.rows)
+
+    def add(self, row: Row) -> None:
+        """A line that a run before has written already is not written again."""
+        if not self.has(row["seed"], row["split"], row["condition"]):
+            self.rows.append(row)
+            self._write(row)
+
+
+def accuracy(rows: list[Row]) -> dict[str, dict[tuple[int, int], float]]:
+    """By condition and (seed, split): the share of the test facts whose letter was right."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for row in rows:
+        share = float(np.mean(row["correct"]))
+        found.setdefault(row["condition"], {})[row["seed"], row["split"]] = share
+    return found
+
+
+def summary(rows: list[Row], lengths: list[int]) -> tuple[list[Row], list[Row]]:
+    """(a row of each condition, a row of each difference that the claim is about): means over all splits and
+    seeds with 95 % intervals, and the least and largest of a split. Drawn again are facts: one that is in the
+    test of several splits and seeds stays together. Conditions that some split or seed lacks are left out."""
+    shares = accuracy(rows)
+    runs = max(len(x) for x in shares.values())
+    names = [name for name, x in shares.items() if len(x) == runs]
+    of = {name: _sums([row for row in rows if row["condition"] == name]) for name in names}
+    pairs = [
+        (thoughts(k), other)
+        for k in lengths
+        for other in ("control", thoughts(k, "shuffled"), "pause", thoughts(k, "w = 0"))
+        if {thoughts(k), other} <= of.keys()
+    ]
+    alone, differences = estimates(of, pairs)
+    nll = {name: np.mean([row["nll"] for row in rows if row["condition"] == name]) for name in names}
+    conditions = [
+        {"condition": name, **_row(alone[name], list(shares[name].values())), "nll": float(nll[name])}
+        for name in names
+    ]
+    claims = [
+        {
+            "difference": f"{a} - {b}",
+            **_row(differences[a, b], [shares[a][run] - shares[b][run] for run in shares[a]]),
+        }
+        for a, b in pairs
+    ]
+    return conditions, claims
+
+
+def _sums(rows: list[Row]) -> Sums:
+    correct = np.concatenate([np.asarray(row["correct"], dtype=np.float64) for row in rows])
+    fact = np.concatenate([np.asarray(row["facts"]) for row in rows])
+    _, cluster = np.unique(fact, return_inverse=True)
+    return Sums.by_cluster(correct, cluster)
+
+
+def _row(x: Estimate, runs: list[float]) -> Row:
+    return {
+        "mean": x.mean,
+        "low": x.low,
+        "high": x.high,
+        "least split": min(runs),
+        "largest split": max(runs),
+        "n": x.n,
+    }
+
+
+def holds(claims: list[Row], k: int) -> bool:
+    """Thoughts of k tokens beat the control and the shuffled thoughts by what they must, in the mean over
+    splits and seeds, and are below neither in any."""
+    needed = {"control": OVER_CONTROL, thoughts(k, "shuffled"): OVER_SHUFFLED}
+    found = {row["difference"]: row for row in claims}
+    rows = [(found[f"{thoughts(k)} - {other}"], least) for other, least in needed.items()]
+    return all(row["mean"] >= least and row["least split"] >= 0 for row, least in rows)
+
+
+def figure(conditions: list[Row], shares: dict[str, dict[tuple[int, int], float]], path: Path) -> None:
+    """Bars of the means with their intervals, a dot for every split and seed, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(figsize=(9, 0.45 * len(conditions) + 1.2), layout="constrained")
+    for at, row in enumerate(conditions):
+        thinks = row["condition"].startswith("thoughts") and row["condition"].count(",") == 1
+        axes.barh(at, row["mean"], color="tab:blue" if thinks else "lightgray")
+        axes.plot([row["low"], row["high"]], [at, at], color="black", linewidth=1)
+        runs = list(shares[row["condition"]].values())
+        axes.plot(runs, [at] * len(runs), "o", color="tab:orange", markersize=4, alpha=0.7)
+    axes.set_yticks(range(len(conditions)), [row["condition"] for row in conditions])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of unseen facts whose first letter is right; dots: splits and seeds")
+    axes.grid(axis="x", alpha=0.3)
+    drawing.savefig(path, dpi=120)
+    pyplot.close(drawing)
