@@ -1,16 +1,17 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo proof-real test lint bench models gpu clean
+.PHONY: setup demo proof-real test lint compat bench models gpu clean
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch alone and first: its pin picks the build, every later package finds it there
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 setup: $(READY)
@@ -30,6 +31,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# all tests on the oldest versions that setup.py allows, in an environment of their own
+PYTHON312 ?= python3.12
+COMPAT := VENV=.venv-compat PYTHON=$(PYTHON312) CONSTRAINTS=constraints-compat.txt
+compat:
+	$(MAKE) setup $(COMPAT)
+	.venv-compat/bin/python -c 'import sys, torch, triton, transformers as t; \
+		print("Python", sys.version, "torch", torch.__version__, "triton", triton.__version__, "transformers", t.__version__)'
+	.venv-compat/bin/python -m pytest
 
 # the developers' suite, kept in .benchmarks and compared with its last run; or with REF=a git commit
 SUITE := --benchmark-storage=.benchmarks --benchmark-autosave --benchmark-compare --benchmark-sort=name \
@@ -55,4 +65,4 @@ gpu:
 	fi
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-compat build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -5,29 +5,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
-    "eval": ["datasets>=4", "pyarrow>=21", "lm-eval>=0.4.13"],
+    "data": ["datasets>=4", "pyarrow>=21", "zstandard>=0.22"],
+    "eval": ["lm-eval>=0.4.13"],
     "peft": ["peft>=0.17"],
     "tensorboard": ["tensorboard>=2.20"],
-    "trl": ["trl>=1.16"],
+    "trl": ["trl>=1.16", "datasets>=4"],
     "lightning": ["lightning>=2.6"],
-    "bench": ["pandas>=2.2", "peft>=0.17", "pytest-benchmark>=5"],
-    "dev": [
-        "pytest>=8",
-        "pytest-benchmark>=5",
-        "pandas>=2.2",
-        "peft>=0.17",
-        "datasets>=4",
-        "pyarrow>=21",
-        "lm-eval>=0.4.13",
-        "tensorboard>=2.20",
-        "trl>=1.16",
-        "lightning>=2.6",
-        "ruff",
-        "mypy",
-        "pre-commit",
-    ],
+    "bench": ["peft>=0.17", "pytest-benchmark>=5"],
 }
+EVERY = sorted({package for extra in EXTRAS.values() for package in extra})
+EXTRAS["dev"] = [*EVERY, "pytest>=8", "ruff", "mypy", "pre-commit"]
 
 setup(
     name="qstar",
@@ -46,6 +33,7 @@ setup(
         "transformers>=5.17",
         "accelerate>=1.1",
         "safetensors>=0.5",
+        "tokenizers",
         "tqdm",
         "tabulate",
         "matplotlib",

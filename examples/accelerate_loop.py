@@ -1,6 +1,7 @@
-"""Quiet-STaR in an Accelerate loop.
+"""Quiet-STaR in an Accelerate loop, in one process or several.
 
     python examples/accelerate_loop.py [FOLDER]
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/accelerate_loop.py [FOLDER]
 
 Interrupt it at any moment and run it again: it goes on with the losses that it would have had.
 """
@@ -23,36 +24,35 @@ from qstar.demo.town import walks
 
 def main(folder: str = "outputs/accelerate_loop", steps: int = 6, save_every: int = 2) -> None:
     torch.manual_seed(0)
-    texts = [walk.text() for walk in walks(20, seed="examples")]
-    rows = text_rows(texts, AutoTokenizer.from_pretrained(TINY_LM), span_length=34)
+    rows = text_rows([x.text() for x in walks(20, "examples")], AutoTokenizer.from_pretrained(TINY_LM), 34)
     config = QuietStarConfig(thought_length=3, talk_length=2, policy_weight=1.0)
     model = QuietStarForCausalLM.from_base(TINY_LM, config, dtype="float32").train()
-    # a generator of its own: else every start of the loader would draw from that of the thoughts
-    loader = DataLoader(rows, 2, shuffle=True, collate_fn=collate, generator=torch.Generator())
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    loader = DataLoader(rows, 4, shuffle=True, collate_fn=collate, drop_last=True)  # 4 of all processes
+    options = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
+    accelerator = Accelerator(dataloader_config=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     step = max((int(path.name[5:]) for path in Path(folder).glob("step-*")), default=0)
     if step:
-        accelerator.load_state(f"{folder}/step-{step}")  # the random numbers of the thoughts, too
+        accelerator.load_state(f"{folder}/step-{step}")
 
     while step < steps:
         epoch, done = divmod(step, len(loader))
         loader.set_epoch(epoch)
-        for batch in accelerator.skip_first_batches(loader, done):
-            output = model(**batch)
+        ahead = range(step + 1, steps + 1)
+        for batch, step in zip(accelerator.skip_first_batches(loader, done), ahead):
+            output = model(**batch, generator=torch.Generator().manual_seed(step))  # so there is none to save
             accelerator.backward(output.loss)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
             accelerator.log(output.metrics | {"loss": output.loss.item()}, step)  # to all trackers there are
-            accelerator.print(f"step {step}: loss {output.loss.item():.6f}")
+            loss = accelerator.reduce(output.loss.detach(), "mean").item()
+            accelerator.print(f"step {step}: loss {loss:.6f}")
             if step % save_every == 0:
                 accelerator.save_state(f"{folder}/new")
-                if accelerator.is_main_process:
-                    os.rename(f"{folder}/new", f"{folder}/step-{step}")  # now it counts
-            if step == steps:
-                break
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:  # now it counts
+                    os.rename(f"{folder}/new", f"{folder}/step-{step}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def main(folder: str = "outputs/hf_trainer", steps: int = 6, save_every: int = 2
             logging_steps=1,
             learning_rate=1e-4,
             report_to="tensorboard",
+            use_cpu=not torch.accelerator.is_available(),  # else processes under torchrun do not meet
         ),
         train_dataset=rows,
         data_collator=collate,

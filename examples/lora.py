@@ -1,7 +1,7 @@
 """Teach a frozen model to think by LoRA: adapters in the base model, the thought parts trained whole.
 
 pip install 'qstar[peft]'
-python examples/lora.py
+python examples/lora.py [FOLDER]
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.demo import TINY_LM  # any folder or hub name of a causal LM
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ImportError as error:
+    raise SystemExit("this example needs peft: pip install 'qstar[peft]'") from error
 
 
 def main(folder: Path, steps: int = 20) -> dict[str, float]:

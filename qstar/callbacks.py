@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qstar import checkpoint
@@ -49,7 +50,10 @@ class QuietStarCallback(TrainerCallback):
       over the micro-batches since the last time, of all processes; and `thoughts_per_second`, of all
       processes together.
     - A run that resumes gets back the whole model of its checkpoint, and so does one with
-      `load_best_model_at_end`: the Trainer itself reads the base model's file alone.
+      `load_best_model_at_end`: the Trainer itself reads the base model's file alone (sharded by FSDP or
+      DeepSpeed, it saves and reads all).
+    - If it resumes with another number of processes, whose random numbers were not saved, all begin anew
+      from `args.seed` plus the steps done, instead of thinking with the numbers of the first steps again.
     - A `qstar.data.RowStream` as `train_dataset` goes on where the checkpoint left it, without reading again
       what was before.
 
@@ -68,6 +72,7 @@ class QuietStarCallback(TrainerCallback):
         self._model = model
         self._hook: Any = None
         self._sums = _Sums()
+        self._begins_from: Path | None = None
 
     def collect(self) -> dict[str, float]:
         """The metrics since the last call; none if there was no training forward. All processes call it."""
@@ -98,12 +103,19 @@ class QuietStarCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
-            self._load(self._resumed(args, state))
+            self._begins_from = self._resumed(args, state)
+            self._load(self._begins_from)
             self._seek(args, state)
         if self._hook is not None:
             self._hook.remove()  # of a run that an error ended
         self._hook = self._model.register_forward_hook(self._sums.add)
         self._sums.begin_again()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        folder, self._begins_from = self._begins_from, None
+        # one file a process, which the Trainer has read by now
+        if folder is not None and len(list(folder.glob("rng_state*.pth"))) not in (0, args.world_size):
+            set_seed(args.seed + state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._hook is not None:
@@ -113,6 +125,8 @@ class QuietStarCallback(TrainerCallback):
             self._load(state.best_model_checkpoint)
 
     def _load(self, folder: str | os.PathLike) -> None:
+        if self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled:
+            return  # the Trainer has
         saved = QuietStarForCausalLM.from_pretrained(folder, dtype=next(self._model.base.parameters()).dtype)
         self._model.load_state_dict(saved.state_dict())
 
@@ -156,7 +170,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         try:
             json.loads((path / STATE).read_text())  # the Trainer writes it last
-            checkpoint.read(path)
+            if not (path / f"{FSDP_MODEL_NAME}_0" / ".metadata").is_file():  # of a sharded one, also last
+                checkpoint.read(path)
         except (OSError, ValueError):  # that a json is cut short is a ValueError too
             continue
         if number.isdigit():

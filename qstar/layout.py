@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qstar.config import QuietStarConfig
+from qstar.noise import rand
 
 IGNORE = -100  # the label that Hugging Face and torch leave out of a loss
 
@@ -70,6 +71,16 @@ class TextRows:
             raise ValueError("position_ids: each document must count its tokens from 0, in steps of 1")
         return cls(counted, start, end, is_text)
 
+    def labels(self, input_ids: Tensor, labels: Tensor | None) -> Tensor:
+        """[B, T]: those given, or every token of a text. Raises ValueError for another shape."""
+        if labels is None:
+            return input_ids.masked_fill(~self.is_text, IGNORE)
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
+            )
+        return labels
+
     def predicts(self, labels: Tensor) -> Tensor:
         """[B, T] bool: position t predicts a token x_{t+1} of its own text whose label [B, T] is not
         ignored."""
@@ -87,6 +98,22 @@ class TextRows:
         inside = reach < self.segment_end[..., None]
         reach = reach.clamp(max=T - 1).expand(B, T, talk_length)
         return predicts.gather(1, reach.reshape(B, -1)).view(B, T, talk_length) & inside
+
+    def rewarded(self, scored: Tensor) -> Tensor:
+        """[B, T] bool: thoughts there enter the policy loss (t <= T - 2 - m of the text, with a target);
+        scored [B, T, m] from `scored`."""
+        T, m = scored.shape[1:]
+        last = torch.arange(T, device=scored.device) + m + 2
+        return (last <= self.segment_end) & scored.any(-1)
+
+    def items(self, labels: Tensor, talk_length: int, think_mask: Tensor | None = None) -> Tensor:
+        """What the means of the loss are over, if all positions think or those of think_mask [B, T], [m + 2]
+        int64: targets; targets of each talk step; rewarded positions."""
+        predicts = self.predicts(labels)
+        scored = self.scored(predicts, talk_length)
+        if think_mask is not None:
+            scored = scored & (think_mask != 0)[..., None]
+        return torch.cat([predicts.sum()[None], scored.sum((0, 1)), self.rewarded(scored).sum()[None]])
 
 
 @dataclass(frozen=True)
@@ -171,8 +198,7 @@ class ThoughtLayout:
         if think_mask is not None or config.thinking_positions == "all":
             score = torch.zeros(B, T, device=device)
         elif config.thinking_positions == "random":
-            source = generator.device if generator is not None else device
-            score = torch.rand(B, T, generator=generator, device=source).to(device)
+            score = rand(1, B, T, generator, device)[0]
         else:
             if entropy is None:
                 raise ValueError(
@@ -208,7 +234,6 @@ class ThoughtLayout:
         slot_positions = by_thought(first)[..., None] + torch.arange(config.slots, device=device)
         talk_index = (positions[..., None] + torch.arange(m, device=device)).clamp(max=T - 1)
         target_valid = scored.gather(1, positions[..., None].expand(B, P, m)) & valid[..., None]
-        whole = positions + m + 2 <= pick(rows.segment_end)
         return cls(
             positions=positions,
             valid=valid,
@@ -217,7 +242,7 @@ class ThoughtLayout:
             slot_position_ids=slot_positions,
             talk_index=talk_index,
             target_valid=target_valid,
-            rewarded=whole & target_valid.any(-1),
+            rewarded=pick(rows.rewarded(scored)) & valid,
             rows=rows,
             num_thoughts=R,
         )

@@ -31,5 +31,10 @@ class MixingHead(nn.Module):
         # a weight of 1e-3 must survive: neither bf16 parameters nor autocast may round it
         with torch.autocast(base_hidden.device.type, enabled=False):
             parameter = next(self.parameters())
-            pair = torch.cat([base_hidden, thought_hidden], dim=-1).to(parameter.dtype)
-            return self.layers(pair).squeeze(-1)
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            pair = torch.cat([base_hidden, thought_hidden], dim=-1).to(dtype)
+            if parameter.dtype == dtype:
+                return self.layers(pair).squeeze(-1)
+            # FSDP2 in mixed precision gathers rounded copies of the weights; nothing else may be rounded
+            exact = {name: p.to(dtype) for name, p in self.layers.named_parameters()}
+            return torch.func.functional_call(self.layers, exact, pair).squeeze(-1)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from qstar_kernels.vocabulary import LinearHead
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
@@ -116,8 +118,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """The base model in its stock format, plus quiet_star.safetensors and quiet_star.json. Of a base
         model with an adapter of peft only the adapter; `merge_adapter` first to have the whole. A crash at
-        any moment leaves the previous checkpoint of that folder loadable."""
+        any moment leaves the previous checkpoint of that folder loadable. Raises ValueError for a model
+        sharded by FSDP2 without its whole state_dict."""
         self._check_whole()
+        if state_dict is None and any(isinstance(p, DTensor) for p in self.parameters()):
+            raise ValueError(
+                "state_dict = None: must be given, for the parameters are sharded; get_model_state_dict of "
+                "torch.distributed.checkpoint.state_dict makes it, in all processes, with the options "
+                "StateDictOptions(full_state_dict=True, cpu_offload=True)"
+            )
         if is_main_process:
             checkpoint.save(self, save_directory, state_dict, **kwargs)
 
@@ -373,14 +382,17 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where
         not a target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed
-        documents; generator: source of the thoughts (default: torch's own); num_items_in_batch: targets of
-        the whole accumulated batch, by whose share this loss is weighted; thoughts [B, P, R, k]: take these,
-        sample none; think_mask [B, T]: think after the tokens where it is not 0 and a target follows,
-        whatever the config's thinking_positions. Raises ValueError for a text that is too short, or too long
-        with its thoughts for the model's context, and a think_mask that leaves no position to think at.
+        documents; generator: source of the thoughts (default: torch's own), in the same state in all
+        processes of torch.distributed (`qstar.noise`); num_items_in_batch: of the whole batch, accumulated
+        or of several processes, that this is a part of: its targets, by whose share this loss is weighted,
+        or the sum of `count_items` over its parts, with which the losses of the parts add up to exactly that
+        of the whole; thoughts [B, P, R, k]: take these, sample none; think_mask [B, T]: think after the
+        tokens where it is not 0 and a target follows, whatever the config's thinking_positions. Raises
+        ValueError for a text that is too short, or too long with its thoughts for the model's context, and a
+        think_mask that leaves no position to think at.
         """
         self._check(input_ids)
-        if self.writer is not None and self.training:
+        if self.writer is not None and torch.is_grad_enabled():  # a model may learn in evaluation mode too
             self.writer.keep(p for p in self.parameters() if p.requires_grad)
         return training_step(
             self,
@@ -393,6 +405,19 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             thoughts,
             think_mask,
         )
+
+    def count_items(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        think_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the means of a batch's loss are over, [m + 2] int64: targets, targets of each talk step,
+        rewarded positions (if all think, or those of think_mask). Arguments as of `forward`."""
+        rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
+        return rows.items(rows.labels(input_ids, labels), self.quiet_star.talk_length, think_mask)
 
     def check_length(
         self, tokens: int, name: str = "input_ids", config: QuietStarConfig | None = None
@@ -414,9 +439,16 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 f"input_ids has {T} tokens: a text must be longer than talk_length = {config.talk_length}"
             )
         self.check_length(T)
+        if self.writer is not None and isinstance(self, FSDPModule):
+            raise ValueError(
+                "writer = 'base': must be 'self' under FSDP2, which cannot shard the weights that both share"
+            )
         if not self.training:
             return
-        low = {p.dtype for p in self.base.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        learning = [p for p in self.base.parameters() if p.requires_grad]
+        if isinstance(self, FSDPModule):  # what is gathered now may be a copy in a lower precision
+            learning = [p for p in learning if isinstance(p, DTensor)]
+        low = {p.dtype for p in learning} & {torch.bfloat16, torch.float16}
         if low:
             warnings.warn(
                 f"the base model's parameters are {low.pop()}: at small learning rates most of them never "

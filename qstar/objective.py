@@ -15,18 +15,27 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-def mixed_weights(target_valid: Tensor, num_thoughts: int) -> Tensor:
+def mixed_weights(
+    target_valid: Tensor, num_thoughts: int, items: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Weight of every mixed NLL in the loss, [B, P, R, m] fp32: each talk step is averaged over its own
-    targets, and the steps that have any are averaged. target_valid [B, P, 1, m]."""
+    targets, and the steps that have any are averaged. target_valid [B, P, 1, m].
+
+    items: targets of each step [m], of this batch and of the whole that it is a part of: the weights of all
+    parts then add up to 1.
+    """
     valid = target_valid.float().expand(-1, -1, num_thoughts, -1)
     counts = valid.sum((0, 1, 2))
-    return valid / counts.clamp(min=1) / (counts > 0).sum().clamp(min=1)
+    own, whole = items or (counts, counts)
+    return valid / counts.clamp(min=1) / (whole > 0).sum().clamp(min=1) * (own / whole.clamp(min=1))
 
 
-def mixed_loss(mixed_nll: Tensor, target_valid: Tensor) -> tuple[Tensor, Tensor]:
+def mixed_loss(
+    mixed_nll: Tensor, target_valid: Tensor, items: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """mixed_nll [B, P, R, m], target_valid [B, P, 1, m] -> (loss by `mixed_weights`, mean NLL of each talk
     step [m])."""
-    weights = mixed_weights(target_valid, mixed_nll.shape[2])
+    weights = mixed_weights(target_valid, mixed_nll.shape[2], items)
     by_step = (weights * torch.where(weights > 0, mixed_nll, 0)).sum((0, 1, 2))
     return by_step.sum(), by_step / weights.sum((0, 1, 2)).clamp(min=torch.finfo(weights.dtype).tiny)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qstar_kernels.vocabulary import LinearHead
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from qstar.attention import BlockPass, TextPass
@@ -40,6 +41,8 @@ def read_slots(
 def linear_head(base: PreTrainedModel) -> LinearHead:
     """Its map from hidden states to logits. Raises ValueError for one that is adapted or quantised."""
     layer, c = base.get_output_embeddings(), base.config
+    if isinstance(layer, FSDPModule):
+        layer.unshard()  # sharded apart from the root it waits for a call, but only its weight is used
     if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
         raise ValueError(
             f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "

@@ -21,17 +21,18 @@ from qstar_kernels.vocabulary import (
     weighted_mixed_nll,
     weighted_nll,
 )
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qstar import objective
 from qstar.cache import TextKeysValues
 from qstar.layout import IGNORE, TextRows, ThoughtLayout
+from qstar.noise import rand
 from qstar.phases import LOSS, phase
 
 if TYPE_CHECKING:
-    from qstar.config import QuietStarConfig
     from qstar.model import QuietStarForCausalLM
 
 TALK_TARGETS = 256  # that are predicted by a thought alone only to be looked at: a few rows of logits
@@ -80,6 +81,42 @@ class _Scores:
     advantage: Tensor
 
 
+@dataclass(frozen=True)
+class _Share:
+    """How much of the whole batch's loss the means of this part of it are: factors of the base NLL, the mixed
+    NLL and the policy loss; items: of `objective.mixed_weights`."""
+
+    base: Tensor | float = 1.0
+    mixed: Tensor | float = 1.0
+    policy: Tensor | float = 1.0
+    items: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        whole: Tensor | int | None,
+        rows: TextRows,
+        labels: Tensor,
+        think_mask: Tensor | None,
+        talk_length: int,
+    ) -> _Share:
+        """whole: `num_items_in_batch` of `QuietStarForCausalLM.forward`."""
+        if whole is None:
+            return cls()
+        if not isinstance(whole, Tensor) or whole.numel() == 1:
+            share = (labels[:, 1:] != IGNORE).sum() / whole
+            return cls(share, share, share)
+        if whole.shape != (talk_length + 2,):
+            raise ValueError(
+                f"num_items_in_batch has shape {tuple(whole.shape)}: must be one number, the targets, or "
+                f"{(talk_length + 2,)}, the sum of `count_items` over the parts of the batch"
+            )
+        own = rows.items(labels, talk_length, think_mask)
+        whole = whole.to(own.device)
+        share = own / whole.clamp(min=1)
+        return cls(base=share[0], policy=share[-1], items=(own[1:-1], whole[1:-1]))
+
+
 # base hidden, thought hidden, w, head, targets: of `mixed_nll`
 _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 
@@ -88,7 +125,8 @@ _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 class _Step:
     """A batch after the pass over its text; next_label [B, T]: the target of each position, 0 where it has
     none; base_nll [B, T] fp32 without gradient; talk_stride: every so many targets are also predicted by the
-    thought alone, all of them where that enters the loss."""
+    thought alone, all of them where that enters the loss; write: (part of the layout, its positions) -> the
+    thoughts there."""
 
     model: QuietStarForCausalLM
     head: LinearHead
@@ -98,6 +136,8 @@ class _Step:
     next_label: Tensor
     base_nll: Tensor
     talk_stride: int
+    share: _Share
+    write: Callable[[ThoughtLayout, slice], Tensor]
 
     def at(self, values: Tensor, layout: ThoughtLayout) -> Tensor:
         """[B, T] -> [B, P, 1, m] at the tokens whose prediction is mixed."""
@@ -147,6 +187,29 @@ class _Step:
         }
 
 
+def _taking(thoughts: Tensor) -> Callable[[ThoughtLayout, slice], Tensor]:
+    return lambda part, at: thoughts[:, at]
+
+
+def _sampling(
+    model: QuietStarForCausalLM,
+    input_ids: Tensor,
+    text: TextKeysValues,
+    layout: ThoughtLayout,
+    generator: torch.Generator | None,
+) -> Callable[[ThoughtLayout, slice], Tensor]:
+    config, (B, N), R = model.quiet_star, layout.prefix_end.shape, layout.num_thoughts
+    # drawn for all chunks at once: the thoughts do not depend on the chunks
+    uniform = rand(config.thought_length, B, N, generator, input_ids.device, torch.float64)
+    written_on = model.authors_text(input_ids, layout.rows, text)
+
+    def write(part: ThoughtLayout, at: slice) -> Tensor:
+        numbers = uniform[:, :, at.start * R : at.stop * R]
+        return model.sample_thoughts(written_on, part, config, uniform=numbers)
+
+    return write
+
+
 def training_step(
     model: QuietStarForCausalLM,
     input_ids: Tensor,
@@ -161,12 +224,7 @@ def training_step(
     """See `QuietStarForCausalLM.forward`."""
     config = model.quiet_star
     rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
-    if labels is None:
-        labels = input_ids.masked_fill(~rows.is_text, IGNORE)
-    elif labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}: must be that of input_ids, {tuple(input_ids.shape)}"
-        )
+    labels = rows.labels(input_ids, labels)
     predicts = rows.predicts(labels)
     if not bool(predicts.any()):
         raise ValueError("labels: there is no target in this batch; every label is -100 or first of its text")
@@ -191,18 +249,18 @@ def training_step(
     )
     targets_in_all = layout.num_thoughts * int(layout.target_valid.sum())
     stride = 1 if config.talk_weight else -(-targets_in_all // TALK_TARGETS)
-    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, stride)
+    share = _Share.of(num_items_in_batch, rows, labels, think_mask, config.talk_length)
+    write = _sampling(model, input_ids, text, layout, generator) if thoughts is None else _taking(thoughts)
+    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, stride, share, write)
     if config.chunk_positions is None:
-        scores = _all_at_once(step, layout, thoughts, generator)
+        scores = _all_at_once(step, layout)
     else:
-        scores = _by_chunks(step, layout, thoughts, generator, config.chunk_positions)
+        scores = _by_chunks(step, layout, config.chunk_positions)
 
-    share: float | Tensor = 1.0
-    if num_items_in_batch is not None:
-        share = (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
-    nll_loss = config.base_weight * base_loss + (1 - config.base_weight) * scores.mixed_loss
-    nll_loss = share * (nll_loss + config.talk_weight * scores.talk_loss)
-    policy_loss = share * config.policy_weight * scores.policy
+    nll_loss = share.base * config.base_weight * base_loss
+    nll_loss = nll_loss + share.mixed * (1 - config.base_weight) * scores.mixed_loss
+    nll_loss = nll_loss + share.mixed * config.talk_weight * scores.talk_loss
+    policy_loss = share.policy * config.policy_weight * scores.policy
     return QuietStarOutput(
         loss=nll_loss + policy_loss,
         metrics=_metrics(base_loss, scores, layout, step.at(base_nll, layout)),
@@ -211,18 +269,15 @@ def training_step(
     )
 
 
-def _all_at_once(
-    step: _Step, layout: ThoughtLayout, thoughts: Tensor | None, generator: torch.Generator | None
-) -> _Scores:
+def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
     """The weights of every NLL are known when it is made, so one pass over its logits gives gradients too."""
     config = step.model.quiet_star
-    if thoughts is None:
-        written_on = step.model.authors_text(step.input_ids, layout.rows, step.text)
-        thoughts = step.model.sample_thoughts(written_on, layout, config, generator)
+    thoughts = step.write(layout, slice(0, layout.positions.shape[1]))
     thought = step.read(layout, thoughts)
     with phase(LOSS):
         every, operands, laid_out = step.mixture(thought)
-        weights = objective.mixed_weights(layout.target_valid[:, :, None], layout.num_thoughts)[every]
+        valid = layout.target_valid[:, :, None]
+        weights = objective.mixed_weights(valid, layout.num_thoughts, step.share.items)[every]
         mixed_loss, mixed = weighted_mixed_nll(*operands, weights)
         mixed = laid_out(mixed)
         talk = step.talk_nll(every, operands)
@@ -236,37 +291,22 @@ def _all_at_once(
             targets=thoughts[chosen].flatten(),
             weights=token_weights.repeat_interleave(config.thought_length),
         )
-    talk_loss = _talk_loss(config, talk, layout)
+    talk_loss = _talk_loss(step, talk, layout)
     return _Scores(
         mixed_loss, talk_loss, policy, mixed, talk.detach(), thought.mix_weight.detach(), reward, advantage
     )
 
 
-def _talk_loss(config: QuietStarConfig, talk: Tensor, layout: ThoughtLayout) -> Tensor:
-    if not config.talk_weight:
+def _talk_loss(step: _Step, talk: Tensor, layout: ThoughtLayout) -> Tensor:
+    if not step.model.quiet_star.talk_weight:
         return talk.new_zeros(())
-    return objective.mixed_loss(talk, layout.target_valid[:, :, None])[0]
+    return objective.mixed_loss(talk, layout.target_valid[:, :, None], step.share.items)[0]
 
 
-def _by_chunks(
-    step: _Step,
-    layout: ThoughtLayout,
-    thoughts: Tensor | None,
-    generator: torch.Generator | None,
-    positions: int,
-) -> _Scores:
+def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
     """Thoughts are sampled and scored `positions` positions at a time; of a chunk only numbers stay, a few
     for each thought, and backward makes the rest again."""
-    config, model = step.model.quiet_star, step.model
-    B, P = layout.positions.shape
-    R, k = layout.num_thoughts, config.thought_length
-    uniform = None
-    if thoughts is None:
-        # drawn for all chunks at once: the thoughts do not depend on the chunks
-        source = step.text_hidden.device if generator is None else generator.device
-        uniform = torch.rand(k, B, P * R, dtype=torch.float64, generator=generator, device=source)
-        uniform = uniform.to(step.text_hidden.device)
-        written_on = model.authors_text(step.input_ids, layout.rows, step.text)
+    config = step.model.quiet_star
 
     def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(mixed NLL, NLL after the thought alone, w [B, p, R, m]; log-probability of each thought that gains
@@ -282,24 +322,35 @@ def _by_chunks(
             log_p = each.new_zeros(chosen.shape).masked_scatter(chosen, each.view(written.shape).sum(-1))
         return mixed, talk, thought.mix_weight, log_p
 
-    found = []
-    for at, part in layout.chunks(positions):
-        if thoughts is not None:
-            tokens = thoughts[:, at]
-        else:
-            numbers = uniform[:, :, at.start * R : at.stop * R]  # type: ignore[index]
-            tokens = model.sample_thoughts(written_on, part, config, uniform=numbers)
-        found.append(checkpoint(score, part, tokens, use_reentrant=False))
-    mixed, talk, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found))
+    chunks = list(layout.chunks(positions))
+    missing = _most_of_all_processes(step.model, chunks=len(chunks)) - len(chunks)
+    found = [
+        checkpoint(score, part, step.write(part, at), use_reentrant=False)
+        for at, part in (*chunks, *chunks[-1:] * missing)
+    ]
+    # what the repeated chunks give is not used, but backward must read them again, too
+    unused = sum(0 * mixed.sum() for mixed, *_ in found[len(chunks) :])
+    mixed, talk, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found[: len(chunks)]))
     with phase(LOSS):
-        mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None])
+        mixed_loss, _ = objective.mixed_loss(mixed, layout.target_valid[:, :, None], step.share.items)
+        mixed_loss = mixed_loss + unused
         reward = step.reward(layout, mixed.detach())
         advantage = objective.advantage(reward, layout.rewarded, config.advantage)
-        policy = -(objective.policy_weights(advantage, k, _rewarded(layout)) * log_p).sum()
-        talk_loss = _talk_loss(config, talk, layout)
+        weights = objective.policy_weights(advantage, config.thought_length, _rewarded(layout))
+        policy = -(weights * log_p).sum()
+        talk_loss = _talk_loss(step, talk, layout)
     return _Scores(
         mixed_loss, talk_loss, policy, mixed.detach(), talk.detach(), mix_weight.detach(), reward, advantage
     )
+
+
+def _most_of_all_processes(model: QuietStarForCausalLM, chunks: int) -> int:
+    """Sharded layers are gathered by all processes together, so all must read as many chunks."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return chunks
+    most = torch.tensor(chunks, device=model.suppress.device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _rewarded(layout: ThoughtLayout) -> Tensor:

@@ -22,7 +22,8 @@ class QuietStarTrainer(Trainer):
 
     mixing_learning_rate, boundary_learning_rate: of those parts (default: `args.learning_rate`), the latter
     before the factor `boundary_scale`; gradient_norm_steps: log the gradient norms of the NLL and the policy
-    part apart at every so many steps (two more backward passes there), 0 never.
+    part apart at every so many steps (two more backward passes there), 0 never; of several processes each
+    its own.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -40,6 +41,11 @@ class QuietStarTrainer(Trainer):
             raise ValueError(
                 f"label_smoothing_factor = {self.args.label_smoothing_factor}: must be 0, the loss is the "
                 "model's own"
+            )
+        if gradient_norm_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"gradient_norm_steps = {gradient_norm_steps}: must be 0 with FSDP or DeepSpeed, where no "
+                "process has whole gradients"
             )
         self._part_rates = {"mixing": mixing_learning_rate, "boundary": boundary_learning_rate}
         self._gradient_norm_steps = gradient_norm_steps
@@ -77,6 +83,18 @@ class QuietStarTrainer(Trainer):
             )
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if targets is None or self.args.n_gpu > 1:
+            return batches, targets
+        # with all counts, the parts add up to the whole also where they are not alike
+        names = ("input_ids", "attention_mask", "labels", "position_ids", "think_mask")
+        model = self.accelerator.unwrap_model(self.model)
+        items = sum(model.count_items(**{n: b[n] for n in names if n in b}) for b in batches).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.reduce(items)
+        return batches, items
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -97,11 +115,15 @@ class QuietStarTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # the stock method would load the base model's file alone; the callback loads all, told from where
         self.thoughts.resume_from = resume_from_checkpoint
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # else the stock method would load the base model's file alone; the callback loads all
 
     def _load_best_model(self) -> None:
-        """The callback does, at the end of the run."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        # else the callback does, at the end of the run
 
 
 class _StopBeforeNonFinite(TrainerCallback):

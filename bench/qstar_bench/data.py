@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -73,6 +74,8 @@ class DataBenchArguments:
         for name, allowed in (("preset", tuple(PRESETS)), ("kind", ("parquet", "jsonl", "json.gz"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be one of {', '.join(allowed)}")
+        if self.kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("kind = parquet: needs the package pyarrow; pip install 'qstar[data]'")
         if not self.workers or min(self.workers) < 0:
             raise ValueError(f"workers = {self.workers}: must be numbers of at least 0")
         if self.batch_size < 1:

@@ -191,6 +191,8 @@ def main(argv: list[str]) -> int:
     args, output = parse_options((GpuArguments, TableArguments), argv, prog="qstar bench gpu")
     if not args.rehearse:
         check_device("cuda")
+    if not (ROOT / "tests").is_dir():
+        raise ValueError("bench gpu: runs the tests, which only a clone of the project has")
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     here = where(args.rehearse)

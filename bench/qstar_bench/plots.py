@@ -230,8 +230,8 @@ def _style(ink: str) -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from cycler import cycler
     from matplotlib import pyplot
+    from matplotlib.rcsetup import cycler
 
     inks = (
         "text.color",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from qstar import checkpoint, report
 from qstar.adapters import adapter_name
@@ -93,6 +94,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConf
 
 def main(argv: list[str]) -> int:
     model_args, data_args, config, args = parse(argv)
+    check_loggers(args.report_to)
     tracer = TraceSteps(model_args.trace) if model_args.trace is not None else None
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model)
@@ -197,6 +199,17 @@ def accumulation(args: TrainArguments, span_length: int) -> int:
             f"rows of span_length = {span_length} at once on all processes"
         )
     return steps
+
+
+def check_loggers(names: list[str]) -> None:
+    """Raises ValueError for one that is not installed: the Trainer would say so after the data were read."""
+    installed = get_available_reporting_integrations()
+    missing = [name for name in names if name not in installed]
+    if missing:
+        extra = "; pip install 'qstar[tensorboard]'" if "tensorboard" in missing else ""
+        raise ValueError(
+            f"report_to = {missing}: must be none, all or among the installed loggers, {installed}{extra}"
+        )
 
 
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:

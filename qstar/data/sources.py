@@ -138,7 +138,7 @@ def import_datasets(arguments: DataArguments):
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"{arguments.source}: reading it needs the package datasets; pip install 'qstar[eval]'"
+            f"{arguments.source}: reading it needs the package datasets; pip install 'qstar[data]'"
         ) from error
     return datasets
 
@@ -170,7 +170,9 @@ def _opened(path: str, mode: str) -> Any:
     from fsspec.compression import compr
 
     if path.endswith(".zst") and "zstd" not in compr:
-        raise ValueError(f"text = {path!r}: reading it needs the package zstandard; pip install zstandard")
+        raise ValueError(
+            f"text = {path!r}: reading it needs the package zstandard; pip install 'qstar[data]'"
+        )
     return fsspec.open(path, mode, compression="infer", **({} if mode == "rb" else {"encoding": "utf-8"}))
 
 
@@ -179,7 +181,9 @@ def _parquet_rows(path: str, file: IO, first: int, columns: Sequence[str] | None
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(f"text = {path!r}: reading it needs pyarrow; pip install 'qstar[eval]'") from error
+        raise ValueError(
+            f"text = {path!r}: reading it needs the package pyarrow; pip install 'qstar[data]'"
+        ) from error
     try:
         table = parquet.ParquetFile(file)
         missing = sorted(set(columns or ()) - set(table.schema_arrow.names))

@@ -97,7 +97,8 @@ def predict(
     config = evaluated(model.quiet_star, thinking.temperature)
     layout = ThoughtLayout.plan(rows, at, config)
     parts = list(layout.chunks(config.chunk_positions or layout.positions.shape[1]))
-    own = torch.cat([model.sample_thoughts(keys_values, part, config, generator) for _, part in parts], 1)
+    written_on = model.authors_text(batch["input_ids"], rows, keys_values)
+    own = torch.cat([model.sample_thoughts(written_on, part, config, generator) for _, part in parts], 1)
     for way in ways:
         if way == "without":
             continue

@@ -103,7 +103,8 @@ class Tokens:
     def _label(self, label: str) -> int:
         """The token of a label after "A:". Raises ValueError where it takes several."""
         if label not in self._labels:
-            tokens = [i for i in self._answer(f"A: {label}\n", "A:")[0] if self.tokenizer.decode([i]).strip()]
+            answer, _ = self._answer(f"A: {label}\n", "A:")
+            tokens = [i for i in answer if self.tokenizer.decode([i], skip_special_tokens=True).strip()]
             if len(tokens) != 1:
                 raise ValueError(f"choices: label {label!r} must be one token of this tokenizer")
             self._labels[label] = tokens[0]

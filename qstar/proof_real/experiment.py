@@ -48,7 +48,7 @@ def thinking(thought_length: int, **changes: Any) -> QuietStarConfig:
     knobs: dict[str, Any] = {
         "thought_length": thought_length,
         "talk_length": 1,
-        "num_thoughts": 2,
+        "num_thoughts": 1,  # without a policy there is nothing to compare them by
         "thought_temperature": 0.5,
         "start_token": " is",
         "end_token": "—",

@@ -1,6 +1,7 @@
 """`qstar bench data` reads what it wrote in every way alike, before it shows a figure."""
 
 import json
+import sys
 
 import pytest
 from qstar_bench import data
@@ -67,3 +68,11 @@ def test_spans_that_there_are_not_are_refused_before_anything_is_written(monkeyp
     monkeypatch.setattr(data, "write_stream", lambda *_: pytest.fail("it was written"))
     with pytest.raises(ValueError, match="spans = 'some': must be one of all, random"):
         main(["--preset", "smoke", "--spans", "some", "--json"])
+
+
+def test_without_pyarrow_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ValueError, match=r"^kind = parquet: needs the package pyarrow; pip install 'qstar\[data\]'$"
+    ):
+        main(["--preset", "smoke"])

@@ -103,3 +103,10 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys):
         pytest.skip("there is a GPU")
     assert main(["bench", "gpu"]) == 1
     assert capsys.readouterr().err == "qstar bench: device = cuda: torch sees no GPU on this machine\n"
+
+
+def test_without_the_tests_beside_it_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert main(["bench", "gpu", "--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
+    said = "qstar bench: bench gpu: runs the tests, which only a clone of the project has\n"
+    assert capsys.readouterr().err == said and not list(tmp_path.iterdir())

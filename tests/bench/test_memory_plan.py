@@ -1,6 +1,7 @@
 """A plan of a training step's memory, made without weights, is what the step then holds."""
 
 import json
+import sys
 import warnings
 from dataclasses import replace
 
@@ -169,6 +170,13 @@ def test_what_cannot_be_planned_is_said_in_one_line(options, reason, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     with pytest.raises(ValueError, match=reason):
         raise ValueError(error)
+
+
+def test_without_peft_the_extra_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["memory", "plan", "--strategy", "lora"]) == 1
+    said = "qstar memory: strategy = 'lora': peft is not installed; pip install 'qstar[bench]'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_there_is_a_plan_and_a_profile_and_nothing_else(capsys):

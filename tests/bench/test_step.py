@@ -86,7 +86,10 @@ def test_the_counted_operations_of_plain_training_are_those_that_torch_counts():
     pair = 3 * 4 * config.hidden_size * config.num_hidden_layers
     head = 3 * 2 * config.hidden_size * config.vocab_size
     masked = pair * (T * T - T * (T + 1) / 2)
-    assert counter.get_total_flops() - masked - head == step_flops(model, 1, T).plain  # one row has no target
+    by_module = counter.get_flop_counts()  # the angles of rotary are a matrix product in some versions
+    rotary = sum(sum(by_module[name].values()) for name in by_module if name.endswith("rotary_emb"))
+    counted = counter.get_total_flops() - rotary
+    assert counted - masked - head == step_flops(model, 1, T).plain  # one row has no target
 
 
 def test_the_counted_operations_of_thinking_are_those_that_torch_counts_in_the_layers():

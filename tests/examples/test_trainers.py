@@ -53,16 +53,6 @@ def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(t
         assert len(before) == (5 if run == "terminated" else 4) and len(after) == STEPS - saves * SAVE_EVERY
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [(n, p) for n, p in EXAMPLES.items() if p], ids=[n for n in EXAMPLES if EXAMPLES[n]]
-)
-def test_without_its_package_an_example_names_the_extra_in_one_line(monkeypatch, name, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-    assert stopped.value.code == f"this example needs {package}: pip install 'qstar[{package}]'"
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_under_60_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60

@@ -292,6 +292,17 @@ def test_a_mistake_in_the_options_is_told_in_one_line(capsys, case, base, text, 
     assert message in train_fails(capsys, *(rest if case != "no options" else []), *wrong)
 
 
+def test_a_logger_that_is_not_installed_is_told_in_one_line_with_its_extra(capsys, monkeypatch, base, text):
+    monkeypatch.setattr("qstar.cli.train.get_available_reporting_integrations", lambda: ["wandb"])
+    rest = ["--model", base, "--text", text, "--report_to"]
+    allowed = "must be none, all or among the installed loggers, ['wandb']"
+    extra = "; pip install 'qstar[tensorboard]'"
+    assert (
+        train_fails(capsys, *rest, "tensorboard", "wandb") == f"report_to = ['tensorboard']: {allowed}{extra}"
+    )
+    assert train_fails(capsys, *rest, "mlflow") == f"report_to = ['mlflow']: {allowed}"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -259,7 +259,7 @@ def test_mixed_kinds_of_files_and_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_without_the_package_datasets_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs the package datasets; pip install 'qstar\[eval\]'"):
+    with pytest.raises(ValueError, match=r"needs the package datasets; pip install 'qstar\[data\]'"):
         load(text=[write(tmp_path / "a.txt", TEXT)])
 
 

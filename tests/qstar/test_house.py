@@ -3,15 +3,16 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from packages import EXTRAS, OPTIONAL, REQUIRED, ROOT, imported, third_party
 from tiny_models import base_model, thinking_model, tokens, write
 
-ROOT = Path(__file__).parents[2]
 ROOMS = {"kernels/qstar_kernels": "qstar_kernels", "qstar": "qstar", "bench/qstar_bench": "qstar_bench"}
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -68,15 +69,6 @@ def test_the_folder_of_the_operators_does_not_shadow_the_package_kernels(tmp_pat
     assert found is not None and not Path(found).is_relative_to(ROOT)
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-
-
 FORBIDDEN = {
     "kernels/qstar_kernels": {"qstar", "qstar_bench", "transformers", "accelerate", "datasets"},
     "qstar": {"qstar_bench"},
@@ -102,6 +94,83 @@ def test_only_the_command_line_names_the_floor_above_and_by_a_string():
         )
     ]
     assert naming == ["qstar/cli/main.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_at_once_what_is_always_installed_and_later_what_an_extra_has(path):
+    plugin = path.relative_to(ROOT).as_posix() == "qstar/evaluation/harness.py"  # a class of lm_eval's own
+    assert third_party(path, at_once=True) <= REQUIRED | ({"lm_eval"} if plugin else set())
+    assert third_party(path) <= REQUIRED | OPTIONAL
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_every_package_of_an_extra_has_a_user(extra):
+    files = [*FILES, *(ROOT / "examples").glob("*.py"), *(ROOT / "bench" / "suite").glob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert [name for name in sorted(EXTRAS[extra]) if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_make_compat_pins_the_packages_of_make_test_and_the_oldest_that_setup_allows():
+    pins = {}
+    for name in ("constraints.txt", "constraints-compat.txt"):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        pins[name] = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins["constraints.txt"].keys() == pins["constraints-compat.txt"].keys()
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for name in ("torch", "triton", "transformers"):
+        assert f'"{name}>={pins["constraints-compat.txt"][name].removesuffix(".0")}' in setup
+
+
+def written(node):
+    """The expressions that a node sets, changes or deletes."""
+    if isinstance(node, ast.Assign | ast.Delete):
+        targets = node.targets
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+        targets = [node.target]
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("setattr", "delattr"):
+        return [ast.Attribute(node.args[0], getattr(node.args[1], "value", ""))]
+    else:
+        return []
+    flat = [x for target in targets for x in getattr(target, "elts", [target])]
+    return [x for x in flat if isinstance(x, ast.Attribute | ast.Subscript)]
+
+
+def patches(source):
+    """The lines of a source that write to a module or class it imports, to a type(...), or to a `forward`."""
+    nodes = list(ast.walk(ast.parse(source)))
+    named = [name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names]
+    names = {(name.asname or name.name).split(".")[0] for name in named}
+    for node in nodes:
+        for target in written(node):
+            root = target
+            while isinstance(root, ast.Attribute | ast.Subscript):
+                root = root.value
+            if ast.unparse(target) == "sys.argv":  # this process's own, which some libraries' mains read
+                continue
+            of_type = isinstance(root, ast.Call) and getattr(root.func, "id", None) == "type"
+            if of_type or getattr(root, "id", None) in names or getattr(target, "attr", None) == "forward":
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "examples").glob("*.py"))], ids=lambda p: p.stem)
+def test_no_file_and_no_example_patches_another_library(path):
+    assert list(patches(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Trainer.compute_loss = f",
+        "torch.nn.Linear.forward, x = f, 1",
+        "setattr(t.Trainer, 'log', f)",
+        "del torch.nn.functional.relu",
+        "torch.backends.flags['x'] += 1",
+        "type(model).__call__ = f",
+        "model.forward = f",
+    ],
+)
+def test_a_patch_would_be_found(line):
+    assert list(patches(f"import torch.nn\nimport transformers as t\nfrom trl import Trainer\n{line}")) == [4]
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.stem)

@@ -79,6 +79,7 @@ def test_the_document_tells_what_each_model_type_does():
     shown = {kind: "works" if re.fullmatch(r"\de-\d\d", cell) else cell for kind, cell in ROWS.items()}
     found = {kind: outcome(kind) for kind in KINDS}
     assert shown == {kind: "works" if isinstance(x, Errors) else x for kind, x in found.items()}
+    assert all(cell.startswith(("works", "model_type = ", "transformers ")) for cell in shown.values())
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -66,8 +66,10 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), TEXTS)
 
 
-@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".json.gz", ".jsonl.zst"])
 def test_every_document_is_once_in_a_pass_or_held_out_whatever_the_format(tmp_path, ending):
+    if ending.endswith("zst"):
+        pytest.importorskip("zstandard", reason="pip install 'qstar[data]'")
     rows = stream(write_shards(tmp_path, TEXTS, ending=ending), span_length=128)
     found = documents(passes(rows)[0])
     held_out = set(documents(rows.held_out))
@@ -386,7 +388,8 @@ REFUSED = {
     "no file": ({"text": ["no.parquet"]}, "no.parquet': no such file"),
     "no match": ({"text": ["*.parquet"]}, "*.parquet': no such file"),
     "no shard": ({"text": ["empty"]}, "empty': the folder holds no file of .parquet"),
-    "zstandard": ({"text": ["a.jsonl.zst"]}, "reading it needs the package zstandard"),
+    "pyarrow": ({"text": ["parquet"]}, "reading it needs the package pyarrow; pip install 'qstar[data]'"),
+    "zstandard": ({"text": ["a.jsonl.zst"]}, "needs the package zstandard; pip install 'qstar[data]'"),
     "seed": ({"text": ["parquet"], "seed": -1}, "seed = -1: must be at least 0"),
     "workers": ({"text": ["parquet"], "workers": -1}, "workers = -1: must be at least 0"),
     "window": ({"text": ["parquet"], "window": 0}, "window = 0: must be at least 1"),
@@ -403,6 +406,8 @@ def test_a_source_that_is_no_stream_is_refused_and_says_why(tmp_path, monkeypatc
     if case == "zstandard":
         monkeypatch.delitem(__import__("fsspec").compression.compr, "zstd", raising=False)
     write_all(tmp_path)
+    if case == "pyarrow":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
     given, message = REFUSED[case]
     files = [str(tmp_path / name) for name in given["text"]]
     with pytest.raises(ValueError) as error:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from qstar import QuietStarForCausalLM
 from qstar.data import collate
+from qstar.evaluation.predictions import predict
 from qstar.layout import TextRows, ThoughtLayout
 from qstar.trainer import QuietStarTrainer
 
@@ -34,9 +35,9 @@ HOW = {
 }
 
 
-def learned(model):
+def learned(model, training=True):
     """After steps so large that every part that learns says other things."""
-    trained = [p for p in model.train().parameters() if p.requires_grad]
+    trained = [p for p in model.train(training).parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.03)
     for seed in range(3):
         optimizer.zero_grad()
@@ -66,6 +67,22 @@ def test_after_learning_it_writes_what_the_base_model_wrote_before(how):
     )
     assert torch.equal(thoughts(frozen, ids), before)
     assert not torch.equal(thoughts(own, ids), before)
+
+
+def test_an_evaluation_asks_it_too():
+    ids = tokens(2, 10, seed=9)
+    model = learned(thinking_model(**GREEDY, **FROZEN))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    everywhere[:, -1] = False  # nothing follows the last token
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = predict(model, batch, everywhere, ways=("thoughts",))["thoughts"]
+    assert torch.equal(found.tokens, thoughts(thinking_model(**GREEDY), ids)[:, :, 0].flatten(0, 1))
+
+
+def test_it_stays_too_where_a_model_learns_in_evaluation_mode():
+    ids = tokens(2, 10, seed=9)
+    found = thoughts(learned(thinking_model(**GREEDY, **FROZEN), training=False), ids)
+    assert torch.equal(found, thoughts(thinking_model(**GREEDY), ids))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -92,13 +92,14 @@ WANTED = {
 # what the rules cannot know
 LATENT = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4}
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+MROPE = ROPE | {"mrope_section": [2, 1, 1]}  # the default is of wider heads
 # some defaults are refused by their own class
 DEFAULTS: dict[str, dict] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 }
 OVERRIDES: dict[str, dict] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}},
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48},
@@ -251,7 +252,8 @@ def outcome(kind: str) -> Errors | str:
     try:
         return errors(kind)
     except ValueError as error:
-        if not str(error).startswith("model_type = "):
+        # the latter from the first pass: another version of a model may do what no rule knows of it
+        if not str(error).startswith(("model_type = ", "model: ")):
             raise
         return str(error)
 

@@ -4,6 +4,7 @@
 
 The parent only imports, so a fork costs nothing and inherits no thread. The last line of stdout is a JSON
 list of (name of a run, losses of its steps until it ended, those after it was run again), in hexadecimal.
+A run that leaves something of ours on a module or class of another library fails.
 """
 
 from __future__ import annotations
@@ -53,6 +54,25 @@ def watch(losses: Path, changes: Path, terminate_in: int | None, kill_before: in
     sys.addaudithook(on_event)
 
 
+def patched() -> list[str]:
+    """What the modules of others, or their classes, have that was defined in ours or in the example."""
+
+    def ours(name: object) -> bool:
+        return str(name).split(".")[0] in ("__main__", "qstar", "qstar_kernels", "qstar_bench")
+
+    found = []
+    for module in list(sys.modules.values()):
+        if module is None or ours(module.__name__):  # multiprocessing gives __main__ a second entry
+            continue
+        # of type itself: isinstance would ask some objects for their __class__, which warn
+        classes = [x for x in vars(module).values() if issubclass(type(x), type) and not ours(x.__module__)]
+        for holder in (module, *classes):
+            for name, value in list(vars(holder).items()):
+                if callable(value) and ours(getattr(value, "__module__", None)):
+                    found.append(f"{holder.__name__}.{name}")
+    return sorted(set(found))
+
+
 def run(example: str, folder: Path, terminate_in: int | None = None, kill_before: int | None = None) -> list:
     """The losses of `python EXAMPLE.py FOLDER`, in a process of its own."""
     losses, changes = folder.with_suffix(".losses"), folder.with_suffix(".changes")
@@ -63,6 +83,8 @@ def run(example: str, folder: Path, terminate_in: int | None = None, kill_before
             watch(losses, changes, terminate_in, kill_before)
             sys.argv = [example, str(folder)]
             runpy.run_path(example, run_name="__main__")
+            if found := patched():
+                raise AssertionError(f"it patched {found}")
         except BaseException as error:
             print(f"{folder.name}: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -19,8 +19,12 @@ WORDS = ["state", "union", "people", "work", "schools", "roads", "farms", "stron
 def sums_told(count: int, seed: int = 0) -> list[dict]:
     """Records of GSM8K's format."""
     draw, found = random.Random(seed), []
-    for _ in range(count):
-        a, b, what = draw.randrange(2000), draw.randrange(50), draw.choice(WORDS)
+    for i in range(count):
+        a, b, what = (
+            draw.randrange(2000 if i % 2 else 5),
+            draw.randrange(50 if i % 2 else 5),
+            draw.choice(WORDS),
+        )
         found.append({"question": f"{a} {what} and {b}?", "answer": f"{a} + {b} = <<>>\n#### {a + b:,}"})
     return found
 
@@ -43,7 +47,7 @@ def write_lines(path: Path, records: list[dict]) -> Path:
 
 def checkpoint(folder: Path, by_hand: bool = False, **knobs) -> Path:
     """A folder of a model that mixes its thoughts in; by_hand: one whose prediction follows from the last
-    token alone, since attention and MLP give nothing."""
+    token alone, since attention and MLP give nothing, and who says a newline after a number or letter."""
     base = saved_base_model(folder / "base", max_position_embeddings=128)
     tokenizer = AutoTokenizer.from_pretrained(base)
     knobs = {"thought_length": 3} | knobs
@@ -57,6 +61,9 @@ def checkpoint(folder: Path, by_hand: bool = False, **knobs) -> Path:
             for layer in model.base.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
+            digits_and_letters = tokenizer.convert_tokens_to_ids([*"0123456789", *LETTERS])
+            last = model.base.model.embed_tokens.weight[digits_and_letters].sum(0)
+            model.base.lm_head.weight[tokenizer.convert_tokens_to_ids("Ċ")] += 0.15 * last
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder / "model"

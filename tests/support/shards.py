@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import fsspec
 
 WORDS = "the state of union is strong and people are well we meet today to speak work done before us"
 
@@ -26,8 +27,7 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 
         parquet.write_table(Table.from_pylist(list(rows)), path, row_group_size=3)
     else:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "wt", encoding="utf-8") as file:
+        with fsspec.open(str(path), "wt", compression="infer", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(path)
 
