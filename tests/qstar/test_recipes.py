@@ -51,6 +51,7 @@ def test_a_recipe_holds_exactly_the_papers_values(name):
 def test_the_commands_of_a_recipe_are_understood(monkeypatch, name):
     found = commands(RECIPES[name])
     training = [command[command.index("train") + 1 :] for command in found if "train" in command]
+    assert found[0][:3] == ["accelerate", "launch", "--config_file"] and (ROOT / found[0][3]).is_file()
     monkeypatch.chdir(ROOT)
     every, adapters = (parse([*command, *ON_CPU]) for command in training)
     assert all(f"recipes/{RECIPES[name].name}" in command for command in training)
