@@ -40,7 +40,6 @@ def main(folder: str = "outputs/torchrun_fsdp2", steps: int = 6, save_every: int
         state = dict(zip(("model_state_dict", "optim_state_dict"), get_state_dict(model, optimizer)))
         load(state, checkpoint_id=f"{folder}/step-{first}")
         set_state_dict(model, optimizer, **state)
-
     for step, batch in zip(range(first + 1, steps + 1), ShuffledBatches(rows, 4, first=first)):
         part = {name: x.chunk(processes)[rank] for name, x in batch.items()}
         source = torch.Generator().manual_seed(step)  # so there is none to save
