@@ -34,7 +34,6 @@ def main(folder: str = "outputs/torchrun_fsdp2", steps: int = 6, save_every: int
     for module in (*model.base.model.layers, model):  # at last embeddings, head, mixing head, boundaries
         fully_shard(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    # a checkpoint's .metadata is written last
     first = max((int(p.parent.name[5:]) for p in Path(folder).glob("step-*/.metadata")), default=0)
     if first:
         state = dict(zip(("model_state_dict", "optim_state_dict"), get_state_dict(model, optimizer)))
