@@ -222,6 +222,9 @@ def test_the_position_in_a_stream_of_another_order_is_refused(shards, name, valu
 def test_folders_patterns_and_data_sets_are_their_shards(shards):
     folder = str(Path(shards[0]).parent)
     expected = first_rows(stream(shards), 20)
+    write_shard(Path(folder) / ".cache" / "part-0.parquet", [{"text": "of a download that was cut"}])
+    (Path(folder) / ".cache" / "part-0.parquet.metadata").write_text("{}")
+    (Path(folder) / "README.md").write_text("about these data")
     assert first_rows(stream([folder]), 20) == expected
     assert first_rows(stream([f"{folder}/*.parquet"]), 20) == expected
     given = {"span_length": SPAN, "held_out_rows": HELD_OUT, "streaming": True}
