@@ -82,12 +82,16 @@ def kind_of(paths: Iterable[str]) -> str:
     """ "parquet", "json" (an object a line) or "text". Raises ValueError for files of several kinds."""
     found: dict[str, str] = {}
     for path in paths:
-        name = PurePosixPath(path)
-        suffix = PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
-        found.setdefault(KINDS.get(suffix, "text"), path)
+        found.setdefault(KINDS.get(_ending(path), "text"), path)
     if len(found) != 1:
         raise ValueError(f"text = {sorted(found.values())}: are {', '.join(sorted(found))}; give one kind")
     return next(iter(found))
+
+
+def _ending(path: str | Path) -> str:
+    """ ".parquet" of a.parquet, ".json" of a.json.gz."""
+    name = PurePosixPath(path)
+    return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def find_files(names: list[str], columns: Sequence[str] = ()) -> list[str]:
@@ -97,8 +101,8 @@ def find_files(names: list[str], columns: Sequence[str] = ()) -> list[str]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
-            files = [str(p) for p in inside if KINDS.keys() & set(p.suffixes)]
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _ending(p) in KINDS)
+            files = [str(p) for p in inside if not any(x[0] == "." for x in p.relative_to(path).parts)]
             if not files:
                 raise ValueError(f"text = {name!r}: the folder holds no file of {', '.join(KINDS)}")
         else:

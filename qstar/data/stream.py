@@ -6,9 +6,13 @@ was. datasets.IterableDataset cannot: the buffer of its shuffle is not in its st
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count, takewhile
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,6 +130,7 @@ class RowStream(IterableDataset):
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_as_it_is,
+            worker_init_fn=partial(_end_with, os.getpid()) if self.workers else None,
             generator=torch.Generator(),  # else it would draw from torch's, as thoughts do
         )
         for position, rows in loader:
@@ -226,3 +231,15 @@ def _row(ids: np.ndarray, positions: np.ndarray) -> Row:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Ends this worker when its parent was killed. A window is more than a pipe holds: the worker would wait
+    for ever for the rest of one, or for a reader."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -12,6 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pytest
 import torch
@@ -221,6 +222,9 @@ def test_the_position_in_a_stream_of_another_order_is_refused(shards, name, valu
 def test_folders_patterns_and_data_sets_are_their_shards(shards):
     folder = str(Path(shards[0]).parent)
     expected = first_rows(stream(shards), 20)
+    write_shard(Path(folder) / ".cache" / "part-0.parquet", [{"text": "of a download that was cut"}])
+    (Path(folder) / ".cache" / "part-0.parquet.metadata").write_text("{}")
+    (Path(folder) / "README.md").write_text("about these data")
     assert first_rows(stream([folder]), 20) == expected
     assert first_rows(stream([f"{folder}/*.parquet"]), 20) == expected
     given = {"span_length": SPAN, "held_out_rows": HELD_OUT, "streaming": True}
@@ -268,6 +272,33 @@ def test_no_worker_outlives_its_iteration(shards):
     assert len(multiprocessing.active_children()) == 2
     del rows
     assert not multiprocessing.active_children()
+
+
+FULL_PIPES = """
+import sys, time, torch
+from multiprocessing import active_children
+from test_stream import stream
+rows = iter(stream([sys.argv[1]], workers=2, window=200_000))
+next(rows)
+time.sleep(2)  # until windows wait at both ends
+print(*(child.pid for child in active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_worker_outlives_a_process_that_is_killed(tmp_path):
+    file = write_shard(tmp_path / "a.jsonl", ({"text": text} for text in made_up(8_000)))
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", FULL_PIPES, file]
+    environment = os.environ | {"PYTHONPATH": paths}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as running:
+        workers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
+        running.kill()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
