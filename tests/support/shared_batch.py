@@ -28,10 +28,9 @@ LENGTHS = (14, 9, 14, 5)  # of each half the longest row is as long
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 EQUAL = [{"input_ids": row.tolist(), "position_ids": list(range(14))} for row in tokens(4, 14)]
 UNEQUAL = [{name: x[:n] for name, x in row.items()} for row, n in zip(EQUAL, LENGTHS)]
-GREEDY = {"thought_temperature": 0.0, "num_thoughts": 1}
 SORTED = sorted(UNEQUAL, key=lambda row: len(row["input_ids"]))
-APART = GREEDY | {"rows": SORTED, "apart": True}
-MASKED = [row | {"think_mask": [int(x % 2) for x in row["input_ids"]]} for row in EQUAL]
+APART = {"rows": SORTED, "apart": True, "thought_temperature": 0.0, "num_thoughts": 1}
+MASKED = [row | {"think_mask": [0, 1] * 7} for row in EQUAL]
 
 # way; what else: knobs of the config, rows, apart (each part is padded by itself), how the model is sharded
 CASES: dict[str, dict] = {
@@ -48,7 +47,7 @@ CASES: dict[str, dict] = {
     "at the start, w = 0": {"mix": 0.0, "policy_weight": 0.0},
     "no thought": {"thought_length": 0},
     "one thought": {"num_thoughts": 1},
-    "think_mask": GREEDY | {"rows": MASKED},
+    "think_mask": {"rows": MASKED},
     "talk loss": {"rows": UNEQUAL, "talk_weight": 0.3, "block_chunk": 24},
     "soft-capped and tied": {"kind": "gemma2"},
 }
@@ -160,6 +159,14 @@ def compare_thoughts(knobs: str) -> dict[str, list]:
     return found | {f"rank {rank}": own for rank, own in enumerate(gathered)}
 
 
+def refusal(call) -> str | None:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def half_and_saved(folder: str) -> dict:
     """A sharded model that computes in bf16: its loss beside that in fp32, w's dtype, what it warns of; what
     it saves."""
@@ -177,10 +184,14 @@ def half_and_saved(folder: str) -> dict:
         warnings.simplefilter("always")
         output = model(**batch, thoughts=thoughts)
     output.loss.backward()
-    try:
-        model.save_pretrained(f"{folder}/never")
-    except ValueError as error:
-        refused = str(error)
+    with_writer = fully_shard(build(policy_weight=0.0, writer="base"))
+    refused = {
+        name: refusal(call)
+        for name, call in {
+            "save": lambda: model.save_pretrained(f"{folder}/never"),
+            "writer": lambda: with_writer(**batch),
+        }.items()
+    }
     model.save_pretrained(folder, get_model_state_dict(model, options=FULL), is_main_process=rank == 0)
     distributed.barrier()
     saved = QuietStarForCausalLM.from_pretrained(folder).state_dict()
