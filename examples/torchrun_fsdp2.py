@@ -34,8 +34,8 @@ def main(folder: str = "outputs/torchrun_fsdp2", steps: int = 6, save_every: int
     for module in (*model.base.model.layers, model):  # at last embeddings, head, mixing head, boundaries
         fully_shard(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    first = max((int(p.parent.name[5:]) for p in Path(folder).glob("step-*/.metadata")), default=0)
-    if first:
+    saves = Path(folder).glob("step-*/.metadata")  # which is written last
+    if first := max((int(path.parent.name[5:]) for path in saves), default=0):
         state = dict(zip(("model_state_dict", "optim_state_dict"), get_state_dict(model, optimizer)))
         load(state, checkpoint_id=f"{folder}/step-{first}")
         set_state_dict(model, optimizer, **state)

@@ -21,6 +21,8 @@ EXAMPLES = {
     "hf_trainer": "tensorboard",
     "trl_sft": "trl",
     "lightning_module": "lightning",
+    "torchrun_ddp": None,
+    "torchrun_fsdp2": None,
 }
 
 
