@@ -26,7 +26,11 @@ setup(
     python_requires=">=3.11",
     packages=["qstar_kernels", "qstar_bench", *find_packages(include=["qstar", "qstar.*"])],
     package_dir={"qstar_kernels": "kernels/qstar_kernels", "qstar_bench": "bench/qstar_bench"},
-    package_data={"qstar.demo": ["tiny_lm/*"], "qstar_kernels": ["cpu_forward.c"]},
+    package_data={
+        "qstar.demo": ["tiny_lm/*"],
+        "qstar.look": ["page.css", "page.html", "page.js"],
+        "qstar_kernels": ["cpu_forward.c"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

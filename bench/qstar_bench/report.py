@@ -7,21 +7,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from qstar.cli.options import Parser
 from qstar.report import check_folder
 from qstar_bench import plots
 from qstar_bench.page import is_run, page
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
 def options(argv: list[str]) -> argparse.Namespace:
     """runs, output, plots. Raises ValueError for what is unknown or missing."""
-    parser = _Parser(
+    parser = Parser(
         prog="qstar bench report",
         description="One self-contained HTML page of runs that a bench wrote with --append.",
         allow_abbrev=False,

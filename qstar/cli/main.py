@@ -13,6 +13,7 @@ COMMANDS = {
     "lm_eval": ("qstar.cli.lm_eval", "lm-evaluation-harness, with --model qstar"),
     "calibrate": ("qstar.cli.calibrate", "find where thinking pays, for generate --think adaptive"),
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
+    "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
     "proof-real": (
         "qstar.cli.proof_real",
         "does a real model think? a built task on facts, in every condition",

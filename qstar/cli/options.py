@@ -3,6 +3,7 @@ in one line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,20 +12,45 @@ import yaml
 from transformers import HfArgumentParser
 
 
-class _Parser(HfArgumentParser):
+class _Raises:
+    """argparse itself would print all options and leave the process."""
+
+    prog: str
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # argparse itself would print all options and leave the process
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+class Parser(_Raises, argparse.ArgumentParser):
+    """For a command with arguments that are no options."""
+
+
+class _DataclassParser(_Raises, HfArgumentParser):
+    pass
 
 
 def parse_options(types: Any, argv: list[str], prog: str) -> tuple:
     """One instance of each dataclass. Raises ValueError for an unknown, missing or ill-formed option."""
-    parser = _Parser(types, prog=prog)
+    parser = _DataclassParser(types, prog=prog)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         args=argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(f"unknown options {unknown}; see {prog} --help")
     return tuple(parsed)
+
+
+def read_text(name: str, path: str) -> str:
+    """The text of a file. Raises ValueError, naming the option, for one missing, empty or no UTF-8."""
+    if not Path(path).is_file():
+        raise ValueError(f"{name} = {path!r}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} = {path!r}: is no UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{name} = {path!r}: the file is empty")
+    return text
 
 
 def with_config_file(argv: list[str]) -> list[str]:

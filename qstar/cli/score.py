@@ -6,12 +6,11 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from qstar.cli.options import parse_options
+from qstar.cli.options import parse_options, read_text
 from qstar.data import encode
 from qstar.evaluation.held_out import scored
 from qstar.model import QuietStarForCausalLM
@@ -44,15 +43,7 @@ def read_rows(args: TextArguments) -> tuple[QuietStarForCausalLM, Any, list[dict
     for name, least in (("span_length", 3), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
-    path = Path(args.text)
-    if not path.is_file():
-        raise ValueError(f"text = {args.text!r}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text = {args.text!r}: is no UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"text = {args.text!r}: the file is empty")
+    text = read_text("text", args.text)
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model.check_length(args.span_length, "a row of span_length")

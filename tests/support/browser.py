@@ -16,6 +16,10 @@ import pytest
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PHONE = {"width": 390, "height": 844, "pixelRatio": 1.0, "mobile": True}
+SMALL_PHONE = PHONE | {"width": 360, "height": 780}
+DESKTOP = {"width": 1200, "height": 860, "pixelRatio": 1.0, "mobile": False}
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36}
+KEYS |= {f"Arrow{name}": 37 + i for i, name in enumerate(("Left", "Up", "Right", "Down"))}
 FLAGS = [
     "--headless=new",
     "--no-sandbox",  # root in a container has no user namespaces; the pages are our own
@@ -41,9 +45,9 @@ def find_browser() -> tuple[str, str]:
 
 
 class Browser:
-    """A phone of 390 x 844 pixels; a context manager, which ends what it started."""
+    """With a screen of its own; a context manager, which ends what it started."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, screen: dict[str, Any] = PHONE):
         browser, driver = find_browser()
         self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True)
         assert self._driver.stdout is not None
@@ -56,7 +60,7 @@ class Browser:
         options = {
             "binary": browser,
             "args": [*FLAGS, f"--user-data-dir={folder}"],
-            "mobileEmulation": {"deviceMetrics": PHONE},
+            "mobileEmulation": {"deviceMetrics": screen},
             "perfLoggingPrefs": {"enableNetwork": True},
         }
         wanted = {
@@ -89,6 +93,18 @@ class Browser:
         with direct.open(request, timeout=120) as answer:
             return json.load(answer)["value"]
 
+    def colours(self, dark: bool) -> None:
+        """What the page sees as the person's wish."""
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.command("Emulation.setEmulatedMedia", features=scheme)
+
+    def key(self, key: str) -> None:
+        """One press of it, named as in KeyboardEvent.key."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.command(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key]
+            )
+
     def open(self, page: Path) -> None:
         """From here on, `console` and `requests` tell of this page alone."""
         self._call("POST", "/url", {"url": "about:blank"})
@@ -114,9 +130,9 @@ class Browser:
         return [x["params"]["request"]["url"] for x in events if x["method"] == "Network.requestWillBeSent"]
 
     def screenshot(self, path: Path, dark: bool = False, height: int | None = None) -> None:
-        """A PNG of the page from its top, `height` pixels high (default: the phone's)."""
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.command("Emulation.setEmulatedMedia", features=scheme)
-        area = {"x": 0, "y": 0, "width": PHONE["width"], "height": height or PHONE["height"], "scale": 1}
+        """A PNG of the page from its top, `height` pixels high (default: the screen's)."""
+        self.colours(dark)
+        width, screen = self.run("return [innerWidth, innerHeight]")
+        area = {"x": 0, "y": 0, "width": width, "height": height or screen, "scale": 1}
         found = self.command("Page.captureScreenshot", clip=area, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))

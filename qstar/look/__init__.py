@@ -1,0 +1,1 @@
+"""A text as one page in which a person sees the model think."""

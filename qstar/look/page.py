@@ -1,0 +1,118 @@
+"""One self-contained page of a `Look`: its style, script and data are inside, and its own policy allows
+nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qstar.evaluation.held_out import hardest
+from qstar.look.thoughts import NOTICED, Look
+
+LEVELS = (NOTICED, 0.1, 0.5, 2.0)  # nats of gain or loss at which the colour changes
+HARDEST = 10
+UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
+# the visible stand-ins of byte-level BPE for the 256 bytes (GPT-2's encoder.py)
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {
+    chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+
+
+def page(found: Look, tokenizer: Any, about: dict[str, Any]) -> str:
+    """The whole document; about: what else the page tells: model and seed."""
+    template, style, script = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    policy = (
+        f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    # `<` would end the element, or begin a comment in it
+    data = json.dumps(content(found, tokenizer, about), ensure_ascii=False, separators=(",", ":"))
+    parts = {"policy": policy, "style": style, "script": script, "data": data.replace("<", "\\u003c")}
+    pieces = template.split("@")
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _digest(source: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def content(found: Look, tokenizer: Any, about: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows; a token is its number in `table`, a prediction [number, probability, ...]."""
+    ids = found.token.tolist()
+    names = dict.fromkeys([*ids, *found.before[1].flatten().tolist(), *found.after[1].flatten().tolist()])
+    place = {token: i for i, token in enumerate(names)}
+    special = set(tokenizer.all_special_ids)
+    hard = hardest(found.base_nll).nonzero()[:, 0]
+    hard = hard[found.base_nll[hard].argsort(descending=True)][:HARDEST]
+    config = found.config
+
+    def predictions(likeliest: tuple[Tensor, Tensor]) -> list:
+        def flat(values: list, tokens: list) -> list:
+            if isinstance(values[0], list):
+                return [flat(*x) for x in zip(values, tokens)]
+            return [x for p, token in zip(values, tokens) for x in (place[token], round(p, 4))]
+
+        return flat(*(x.tolist() for x in likeliest))
+
+    return {
+        "about": {
+            **about,
+            "thought_length": config.thought_length,
+            "talk_length": config.talk_length,
+            "num_thoughts": config.num_thoughts,
+            "thought_temperature": config.thought_temperature,
+        },
+        "summary": found.summary(),
+        "silent": found.silent,
+        "levels": LEVELS,
+        "table": [name(token, tokenizer) for token in names],
+        "token": [place[token] for token in ids],
+        "piece": pieces(ids, tokenizer),
+        "special": [i for i, token in enumerate(ids) if token in special],
+        "ends": [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id],
+        "hardest": (hard + 1).tolist(),
+        "thought": [[tokenizer.decode(x) for x in thoughts] for thoughts in found.thought.tolist()],
+        **{
+            figure: _rounded(getattr(found, figure).tolist())
+            for figure in ("base_nll", "mixed_nll", "alone_nll", "mix_weight", "reward")
+        },
+        "before": predictions(found.before),
+        "after": predictions(found.after),
+    }
+
+
+def _rounded(x: Any) -> Any:
+    return [_rounded(y) for y in x] if isinstance(x, list) else round(x, 4)
+
+
+def pieces(ids: list[int], tokenizer: Any) -> list[str]:
+    """What each token adds to the decoded text, which is all of them joined; nothing where a token only
+    begins a character that a later one ends."""
+    found: list[str] = []
+    first = done = 0  # the tokens between them are whole characters: context of what comes next
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[first : i + 1])
+        if text.endswith(UNFINISHED) and i + 1 < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(tokenizer.decode(ids[first:done])) :])
+        first, done = done, i + 1
+    return found
+
+
+def name(token: int, tokenizer: Any) -> str:
+    """A token alone as text; the bytes of a part of a character as ⟨E2 80⟩."""
+    text = tokenizer.decode([token])
+    if UNFINISHED not in text:
+        return text
+    raw = tokenizer.convert_ids_to_tokens(token)
+    known = all(c in _BYTES for c in raw)
+    return f"⟨{' '.join(f'{_BYTES[c]:02X}' for c in raw) if known else raw.strip('<>')}⟩"
