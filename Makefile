@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo proof-real test lint compat bench models gpu clean
+.PHONY: setup demo proof-real test lint compat bench models look gpu clean
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,10 @@ endif
 # docs/models.md: which causal LMs of the installed transformers can think
 models: $(READY)
 	PYTHONPATH=tests/support $(BIN)/python -m all_models docs/models.md
+
+# docs/look.png: `qstar look` at walks that the demo's model has never seen, in headless Chromium (after make demo)
+look: $(READY)
+	PYTHONPATH=tests/support $(BIN)/python -m look_picture outputs/demo docs/look.png
 
 # on the machine's own python where its torch sees a GPU: nothing is installed then
 GPU_JSON ?= gpu.json

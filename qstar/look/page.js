@@ -14,8 +14,8 @@
   };
   const put = (id, ...children) => document.getElementById(id).replaceChildren(...children);
   const places = (x) => (Math.abs(x) < 0.0995 ? 3 : 2);
-  const number = (x) => (x === 0 ? "0" : x.toFixed(places(x)).replace("-", "−"));
-  const signed = (x) => (Number(x.toFixed(places(x))) > 0 ? "+" : "") + number(x);
+  const number = (x) => (Math.abs(x) < 0.0005 ? "0" : x.toFixed(places(x)).replace("-", "−"));
+  const signed = (x) => (x < 0.0005 ? "" : "+") + number(x);
   const percent = (p) => (p === 0 ? "0" : p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)} %`);
   const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
   const code = (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
@@ -90,8 +90,7 @@
     if (i === last) token.classList.add("next");
     if (data.special.includes(i)) token.classList.add("special");
     if (i > 0) underline(token, weight(i));
-    const mark = i === last ? "next" : data.ends.includes(i) ? "¶" : piece === "" ? data.table[data.token[i]] : piece.trim() ? "" : visible(piece).replaceAll(" ", "·");
-    if (mark) token.dataset.mark = mark;
+    if (!piece.trim()) token.dataset.mark = mark(i, piece);
     token.setAttribute("role", "option");
     token.setAttribute("aria-selected", "false");
     token.setAttribute("aria-label", label(i));
@@ -99,6 +98,13 @@
     tokens.push(token);
     text.append(piece.slice(0, blank), token);
     if (data.ends.includes(i)) text.append(el("br"));
+  }
+
+  // what stands for a token without visible letters
+  function mark(i, piece) {
+    if (i === last) return "next";
+    if (data.ends.includes(i)) return "¶";
+    return piece === "" ? data.table[data.token[i]] : visible(piece).replaceAll(" ", "·");
   }
 
   function label(i) {
@@ -124,8 +130,7 @@
       const name = visible(data.table[id]);
       const blanks = name.length - name.trimStart().length;
       const cell = el("span", "name", el("span", "blank", "·".repeat(blanks)), name.slice(blanks), id === target ? " ✓" : "");
-      const row = el("li", id === target ? "true" : "", cell, track, el("span", "share", percent(p)));
-      return row;
+      return el("li", id === target ? "true" : "", cell, track, el("span", "share", percent(p)));
     }));
   };
   const pair = (name, value) => el("div", "", el("dt", "", name), el("dd", "", value));

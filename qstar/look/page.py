@@ -34,7 +34,8 @@ def page(found: Look, tokenizer: Any, about: dict[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     # `<` would end the element, or begin a comment in it
-    data = json.dumps(content(found, tokenizer, about), ensure_ascii=False, separators=(",", ":"))
+    told = content(found, tokenizer, about)
+    data = json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     parts = {"policy": policy, "style": style, "script": script, "data": data.replace("<", "\\u003c")}
     pieces = template.split("@")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))

@@ -277,8 +277,7 @@ def test_dark_mode_turns_page_and_plots(opened, tmp_path):
     )
     found = {}
     for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        opened.command("Emulation.setEmulatedMedia", features=features)
+        opened.colours(dark=scheme == "dark")
         found[scheme] = opened.run(colours)
     paper, ink, plot = found["light"]
     assert paper > 600 and ink < 150 and plot < 150

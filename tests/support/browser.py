@@ -94,9 +94,10 @@ class Browser:
             return json.load(answer)["value"]
 
     def colours(self, dark: bool) -> None:
-        """What the page sees as the person's wish."""
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.command("Emulation.setEmulatedMedia", features=scheme)
+        """What the page sees as the person's wish: these, and nothing that moves."""
+        wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self.command("Emulation.setEmulatedMedia", features=features)
 
     def key(self, key: str) -> None:
         """One press of it, named as in KeyboardEvent.key."""
@@ -104,6 +105,24 @@ class Browser:
             self.command(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key]
             )
+
+    def point(self, selector: str, click: bool = False) -> None:
+        """Move the mouse onto the middle of an element, and press its button there."""
+        self._mouse("mouseMoved", selector)
+        for kind in ("mousePressed", "mouseReleased") if click else ():
+            self._mouse(kind, selector, button="left", clickCount=1)
+
+    def _mouse(self, kind: str, selector: str, **more: Any) -> None:
+        self.command("Input.dispatchMouseEvent", type=kind, **self._middle(selector), **more)
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of an element with a finger."""
+        self.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=[self._middle(selector)])
+        self.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _middle(self, selector: str) -> dict[str, float]:
+        box = f"const box = document.querySelector({json.dumps(selector)}).getClientRects()[0]; "
+        return self.run(box + "return {x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2}")
 
     def open(self, page: Path) -> None:
         """From here on, `console` and `requests` tell of this page alone."""
@@ -129,10 +148,10 @@ class Browser:
         events = [json.loads(entry["message"])["message"] for entry in entries]
         return [x["params"]["request"]["url"] for x in events if x["method"] == "Network.requestWillBeSent"]
 
-    def screenshot(self, path: Path, dark: bool = False, height: int | None = None) -> None:
-        """A PNG of the page from its top, `height` pixels high (default: the screen's)."""
+    def screenshot(self, path: Path, dark: bool = False, height: int | None = None, scale: float = 1) -> None:
+        """A PNG of the page from its top, `height` pixels high (default: the screen's), times scale."""
         self.colours(dark)
         width, screen = self.run("return [innerWidth, innerHeight]")
-        area = {"x": 0, "y": 0, "width": width, "height": height or screen, "scale": 1}
+        area = {"x": 0, "y": 0, "width": width, "height": height or screen, "scale": scale}
         found = self.command("Page.captureScreenshot", clip=area, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -88,13 +88,18 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def thinking_model(
-    kind: str = "llama", seed: int = 0, mix: float = 0.5, attention: str | None = None, **knobs
+    kind: str = "llama",
+    seed: int = 0,
+    mix: float = 0.5,
+    attention: str | None = None,
+    base: dict | None = None,
+    **knobs,
 ) -> QuietStarForCausalLM:
     """A model whose mixing head and boundaries are random, as after training (mix scales w; 0 leaves w =
-    0)."""
+    0); base: changes of the base model's config."""
     defaults = {"thought_length": 3, "talk_length": 2, "num_thoughts": 2, "policy_weight": 1.0}
     model = QuietStarForCausalLM.from_base(
-        base_model(kind, seed, attention), QuietStarConfig(**(defaults | knobs))
+        base_model(kind, seed, attention, **(base or {})), QuietStarConfig(**(defaults | knobs))
     )
     torch.manual_seed(seed + 1)
     with torch.no_grad():
