@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 
 from browser import DESKTOP, Browser
+from PIL import Image
 from transformers import AutoTokenizer
 
 from qstar.cli.main import main
 from qstar.demo.town import walks
 
-WALKS, HEIGHT, SCALE = 8, 1000, 1.5
+WALKS, SCALE = 8, 1.5
+SCREEN = DESKTOP | {"height": 1100}  # room for both thoughts
 
 
 def draw(model: str, picture: Path) -> None:
@@ -26,9 +28,11 @@ def draw(model: str, picture: Path) -> None:
         page = Path(folder) / "look.html"
         if main(["look", text, "--model", model, "--output", str(page)]) != 0:
             raise ValueError(f"model = {model!r}: qstar look failed, as said above")
-        with Browser(Path(folder) / "browser", DESKTOP) as browser:
+        with Browser(Path(folder) / "browser", SCREEN) as browser:
             browser.open(page)
-            browser.screenshot(picture, height=HEIGHT, scale=SCALE)
+            browser.screenshot(picture, scale=SCALE)
+    with Image.open(picture) as drawn:
+        drawn.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
