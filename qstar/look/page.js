@@ -16,7 +16,10 @@
   const places = (x) => (Math.abs(x) < 0.0995 ? 3 : 2);
   const number = (x) => (Math.abs(x) < 0.0005 ? "0" : x.toFixed(places(x)).replace("-", "−"));
   const signed = (x) => (x < 0.0005 ? "" : "+") + number(x);
-  const percent = (p) => (p === 0 ? "0" : p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)} %`);
+  const percent = (p) => {
+    if (p < 0.001) return p === 0 ? "0" : "<0.1 %";
+    return `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)} %`;
+  };
   const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
   const code = (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
   // control characters, and those that would turn the text around them
@@ -31,34 +34,40 @@
   const known = (i) => i > 0 && i < last;
   const gain = (i) => data.base_nll[i - 1] - mean(data.mixed_nll[i - 1]);
   const weight = (i) => mean(data.mix_weight[i - 1]);
-  const word = (i) => (i === last ? "what comes next" : visible(data.piece[i]).trim() || visible(data.table[data.token[i]]).replaceAll(" ", "·"));
+  const word = (i) => {
+    if (i === last) return "what comes next";
+    return visible(data.piece[i]).trim() || visible(data.table[data.token[i]]).replaceAll(" ", "·");
+  };
 
   // -- the top of the page
   const figure = (name, value, note, kind = "") =>
     el("div", kind, el("dt", "", name), el("dd", "", el("b", "", value), note));
   const { about } = data;
-  put("about", ` · ${about.model} · ${R} thought${R > 1 ? "s" : ""} of ${about.thought_length} tokens before each token, `
-    + (about.thought_temperature ? `drawn at temperature ${about.thought_temperature}, seed ${about.seed}` : "the likeliest"));
+  const thoughts = `${R} thought${R > 1 ? "s" : ""} of ${about.thought_length} tokens before each token`;
+  const drawn = `drawn at temperature ${about.thought_temperature}, seed ${about.seed}`;
+  put("about", ` · ${about.model} · ${thoughts}, ${about.thought_temperature ? drawn : "the likeliest"}`);
   put("talk", about.talk_length > 1 ? `up to ${about.talk_length}` : "one");
   put("figures",
     figure("Gain from thinking", signed(summary.gain), "nats per token", summary.gain > 0 ? "first up" : "first"),
     figure("Without thoughts", number(summary.base_nll), "NLL per token"),
     figure("With thoughts", number(summary.mixed_nll), "NLL per token"),
     figure("With other thoughts", number(summary.shuffled_nll), "NLL, thoughts shuffled"),
-    figure("Tokens that gain", percent(summary.gaining_share), `${percent(summary.losing_share)} lose; ${summary.tokens} tokens`));
+    figure("Tokens that gain", percent(summary.gaining_share),
+      `${percent(summary.losing_share)} lose; ${summary.tokens} tokens`));
   if (silent) {
     const note = document.getElementById("silent");
     note.hidden = false;
-    note.append(`This model has not learned to use its thoughts: w is 0 everywhere, so every prediction is the one without a
-      thought, and no token has a colour. The bars under a thought show what it would predict alone (w = 1):
-      ${number(summary.alone_nll)} nats per token.`);
+    note.append(`This model has not learned to use its thoughts: w is 0 everywhere, so every prediction is the one
+      without a thought, and no token has a colour. The bars under a thought show what it would predict alone
+      (w = 1): ${number(summary.alone_nll)} nats per token.`);
   }
   put("hardest", ...data.hardest.map((i) => {
     const both = [data.base_nll[i - 1], mean(data.mixed_nll[i - 1])];
     const bar = el("i"); // the rest of its track is what is gained or lost
     bar.style.width = `${(100 * Math.min(...both)) / Math.max(...both)}%`;
     const figures = both.map(number).join(" → ");
-    const button = el("button", "", el("span", "word", word(i)), el("span", `track ${level(gain(i))}`, bar), el("small", "", figures));
+    const track = el("span", `track ${level(gain(i))}`, bar);
+    const button = el("button", "", el("span", "word", word(i)), track, el("small", "", figures));
     button.type = "button";
     button.setAttribute("aria-label", `${word(i)}, token ${i + 1}: NLL ${figures}. Go there`);
     button.addEventListener("click", () => choose(i, true));
@@ -66,12 +75,13 @@
   }));
 
   // -- the legend
-  const steps = [...levels.map((_, j) => `l${levels.length - j}`), "g0", ...levels.map((_, j) => `g${j + 1}`)];
-  const borders = [...levels.map((x) => -x).reverse(), ...levels];
-  const scale = el("ol", "", ...steps.map((name, j) =>
-    el("li", "", el("i", name), el("em", "", j < borders.length ? String(borders[j]).replace("-", "−").replace("0.", ".") : ""))));
-  const weights = [["w .1", 0.1], ["w .5", 0.5], ["w 1", 1], ["w −.5", -0.5]].map(([text, w]) => underline(el("span", "", text), w));
-  put("legend", el("div", "scale", el("span", "", "gain, nats"), scale), el("div", "weights", ...weights));
+  const short = (x) => String(x).replace("-", "−").replace("0.", ".");
+  const losses = levels.map((x, j) => [`l${j + 1}`, -x]).reverse(); // each step with the border on its right
+  const gains = ["g0", ...levels.map((_, j) => `g${j + 1}`)].map((name, j) => [name, levels[j] ?? ""]);
+  const scale = [...losses, ...gains].map(([name, x]) => el("li", "", el("i", name), el("em", "", short(x))));
+  const weights = [0.1, 0.5, 1, -0.5].map((w) => underline(el("span", "", `w ${short(w)}`), w));
+  put("legend", el("div", "scale", el("span", "", "gain, nats"), el("ol", "", ...scale)),
+    el("div", "weights", ...weights));
 
   function underline(element, w) {
     element.style.setProperty("--w", Math.min(Math.abs(w), 1).toFixed(3));
@@ -84,7 +94,8 @@
   const text = document.getElementById("text");
   for (let i = 0; i <= last; i++) {
     const piece = i < last && !data.ends.includes(i) ? data.piece[i] : "";
-    const blank = piece.trim() ? piece.length - piece.trimStart().length : 0; // left outside: only the word has a colour
+    // blanks before a word stay outside: they have no colour
+    const blank = piece.trim() ? piece.length - piece.trimStart().length : 0;
     const token = el("span", "t", tame(piece.slice(blank)));
     if (known(i)) token.classList.add(level(gain(i)));
     if (i === last) token.classList.add("next");
@@ -129,8 +140,9 @@
       }
       const name = visible(data.table[id]);
       const blanks = name.length - name.trimStart().length;
-      const cell = el("span", "name", el("span", "blank", "·".repeat(blanks)), name.slice(blanks), id === target ? " ✓" : "");
-      return el("li", id === target ? "true" : "", cell, track, el("span", "share", percent(p)));
+      const [kind, sign] = id === target ? ["true", " ✓"] : ["", ""];
+      const cell = el("span", "name", el("span", "blank", "·".repeat(blanks)), name.slice(blanks), sign);
+      return el("li", kind, cell, track, el("span", "share", percent(p)));
     }));
   };
   const pair = (name, value) => el("div", "", el("dt", "", name), el("dd", "", value));
@@ -145,7 +157,7 @@
     close.addEventListener("click", leave);
     const found = [el("header", "", el("div", "", el("h2", "", where), heading), close)];
     if (i === 0) {
-      found.push(el("p", "context", "Nothing comes before the first token, so there is no thought and no prediction."));
+      found.push(el("p", "context", "Nothing comes before the first token: no thought, no prediction."));
     } else {
       const context = data.piece.slice(Math.max(0, i - 12), i).join("").replace(/\s+/g, " ");
       found.push(el("p", "context", `after “${i > 12 ? "…" : ""}${tame(context.trim())}”`));
@@ -157,7 +169,8 @@
       const before = new Map();
       for (let j = 0; j < data.before[t].length; j += 2) before.set(data.before[t][j], data.before[t][j + 1]);
       if (known(i)) before.set(data.token[i], Math.exp(-data.base_nll[t]));
-      found.push(el("div", "view", el("h3", "", "Without a thought", el("span", "key", "✓ the text’s token")), bars(data.before[t], i, data.base_nll[t])));
+      const title = el("h3", "", "Without a thought", el("span", "key", "✓ the text’s token"));
+      found.push(el("div", "view", title, bars(data.before[t], i, data.base_nll[t])));
       for (let r = 0; r < R; r++) found.push(thought(i, r, before));
     }
     put("panel", ...found);
@@ -175,8 +188,8 @@
       after = (silent ? data.alone_nll : data.mixed_nll)[t][r];
       facts.push(`NLL ${number(data.mixed_nll[t][r])}`, `by the thought alone ${number(data.alone_nll[t][r])}`);
     }
-    const said = data.thought[t][r];
-    return el("div", "view", title, el("p", "thought", said.trim() ? `“${tame(said.trim())}”` : "(a thought without words)"),
+    const said = data.thought[t][r].trim();
+    return el("div", "view", title, el("p", "thought", said ? `“${tame(said)}”` : "(a thought without words)"),
       el("p", "small", facts.join(" · ")), bars(data.after[t][r], i, after, before));
   }
 
@@ -203,7 +216,8 @@
   function leave() {
     const from = chosen;
     chosen = null;
-    put("panel", el("h2", "", "Thoughts"), el("p", "context", "Choose a token to read what the model thought before it."));
+    put("panel", el("h2", "", "Thoughts"),
+      el("p", "context", "Choose a token to read what the model thought before it."));
     tokens.forEach((token) => token.setAttribute("aria-selected", "false"));
     document.body.classList.remove("open");
     if (from !== null) tokens[from].focus({ preventScroll: true });
@@ -255,8 +269,8 @@
   // at first the token that gained most, or, if none did, the hardest; on a phone the text has the whole page
   leave();
   if (!phone) {
-    let best = data.hardest[0];
-    for (let i = 1; i < last; i++) if (gain(i) > gain(best)) best = i;
-    choose(best, false);
+    let best = 1;
+    for (let i = 2; i < last; i++) if (gain(i) > gain(best)) best = i;
+    choose(level(gain(best)) === "g0" ? data.hardest[0] : best, false);
   }
 })();

@@ -296,16 +296,23 @@ def test_letters_stand_out_from_every_ground(desk, dark):
     assert (paper < 0.1) == dark
 
 
-def test_on_paper_text_colours_and_the_chosen_thoughts_stay(desk, found):
-    desk.command("Emulation.setEmulatedMedia", media="print")
+@pytest.mark.parametrize("screen", ["desk", "phone"])
+def test_on_paper_all_is_there_in_its_colours_with_the_chosen_thoughts(request, screen, found):
+    browser = request.getfixturevalue(screen)
+    browser.colours(dark=True)
+    browser.run(f"{TOKENS}[5].click()")
+    browser.command("Emulation.setEmulatedMedia", media="print")
     try:
-        style = "return [getComputedStyle(document.querySelector('{}')).{}]"
-        assert desk.run(style.format("#panel", "position")) == ["static"]
-        assert desk.run(style.format("#panel .close", "display")) == ["none"]
-        assert desk.run(style.format(".t", "printColorAdjust")) == ["exact"]
-        assert "reward" in panel(desk)
+        style = "return getComputedStyle(document.querySelector('{}')).{}"
+        assert browser.run(style.format("#panel", "position")) == "static"
+        assert browser.run(style.format("#panel .close", "display")) == "none"
+        assert browser.run(style.format(".t", "printColorAdjust")) == "exact"
+        assert browser.run(style.format("body", "color")) == "rgb(26, 29, 33)"  # dark letters on white
+        assert shows(browser, found, 5)
+        cut = "filter(x => x.scrollWidth > x.clientWidth + 1 || x.scrollHeight > x.clientHeight + 1)"
+        assert browser.run(f"return [...document.querySelectorAll('#hardest, #panel')].{cut}.length") == 0
     finally:
-        desk.command("Emulation.setEmulatedMedia", media="")
+        browser.command("Emulation.setEmulatedMedia", media="")
 
 
 # -- on a phone
