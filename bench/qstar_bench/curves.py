@@ -23,14 +23,14 @@ from qstar.runs import TableArguments, finish, machine
 from qstar_bench.curves_figures import LEARNED, draw, summary
 from qstar_bench.curves_run import Row, Setting, Size, run
 
-LONGER = 3  # times the steps, where a useful thought is rarely drawn
+LONGER, LONGEST = 3, 9  # times the steps, where a useful thought is rarely drawn
 # by figure, in the order in which they are run: the levels that it compares
 FIGURES: dict[str, dict[str, Setting]] = {
     "thought_length": {f"k = {k}": Setting(thought_length=k) for k in (0, 1, 2, 4, STEPS, 12)},
     "policy": {"with policy term": Setting(), "without": Setting(policy_weight=0.0)},
     "useful_share": {
-        f"share {share}": Setting(useful_share=share, longer=longer)
-        for share, longer in ((1.0, 1), (0.2, 1), (0.05, LONGER), (0.01, LONGER))
+        f"share {share}, steps x {longer}": Setting(useful_share=share, longer=longer)
+        for share, longer in ((1.0, 1), (0.2, 1), (0.05, LONGER), (0.01, LONGER), (0.01, LONGEST))
     },
     "policy_weight": {
         f"weight {weight:g}, temperature {temperature:g}": Setting(
@@ -42,6 +42,9 @@ FIGURES: dict[str, dict[str, Setting]] = {
         "dash": Setting(),
         "random": Setting(boundary="random"),
         "random, rate x 100": Setting(boundary="random", boundary_scale=100.0),
+        f"random, rate x 100, steps x {LONGER}": Setting(
+            boundary="random", boundary_scale=100.0, longer=LONGER
+        ),
     },
     "num_thoughts": {f"R = {n}": Setting(num_thoughts=n) for n in (1, 2, 4)},
 }
@@ -60,7 +63,7 @@ class CurvesArguments:
     )
     training_steps: int = field(
         default=40,
-        metadata={"help": f"Optimiser steps of a run; {LONGER} times as many for the small useful shares."},
+        metadata={"help": f"Optimiser steps of a run; of some {LONGER} or {LONGEST} times as many."},
     )
     test_walks: int = field(default=200, metadata={"help": "Unseen walks to test with."})
     base_steps: int = field(
