@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ FIGURES: dict[str, dict[str, Setting]] = {
         for share, longer in ((1.0, 1), (0.2, 1), (0.05, LONGER), (0.01, LONGER), (0.01, LONGEST))
     },
     "policy_weight": {
-        f"weight {weight:g}, temperature {temperature:g}": Setting(
+        f"weight {weight:g}, T {temperature:g}": Setting(
             policy_weight=weight, reinforce_temperature=temperature
         )
         for weight, temperature in ((0, 1), (0.1, 1), (1, 1), (1, 3), (10, 1), (1e6, 1), (1e6, 3))
@@ -85,27 +85,30 @@ class CurvesArguments:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
+Key = tuple[Setting, Size, int]  # and the seed
+
+
 class Runs:
     """The finished runs of a file, one a line, and those that are added to it."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._rows: dict[str, Row] = jsonl.resume(str(path), "those of finished runs", self._take)
+        self._rows: dict[Key, Row] = jsonl.resume(str(path), "those of finished runs", self._take)
 
-    def _take(self, lines: list[Row]) -> dict[str, Row]:
-        return {self._key(row["setting"], row["size"], row["seed"]): row for row in lines if row["points"]}
+    def _take(self, lines: list[Row]) -> dict[Key, Row]:
+        return {self._key(row): row for row in lines if row["points"]}
 
     @staticmethod
-    def _key(setting: dict[str, Any], size: dict[str, Any], seed: int) -> str:
-        return json.dumps([setting, size, seed], sort_keys=True)
+    def _key(row: Row) -> Key:
+        return Setting(**row["setting"]), Size(**row["size"]), row["seed"]
 
     def get(self, setting: Setting, size: Size, seed: int) -> Row | None:
-        return self._rows.get(self._key(asdict(setting), asdict(size), seed))
+        return self._rows.get((setting, size, seed))
 
     def add(self, row: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             print(json.dumps(row, ensure_ascii=False), file=file)
-        self._rows[self._key(row["setting"], row["size"], row["seed"])] = row
+        self._rows[self._key(row)] = row
 
 
 def main(argv: list[str]) -> int:

@@ -29,6 +29,7 @@ def values(row: Row, name: str) -> list[float]:
 def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
     """A PNG: each panel over the training steps, a thin line for every seed and a thick one for their mean;
     and what is reached at the end, a dot for every seed and a bar for their mean."""
+    lengths = {values(rows[0], "step")[-1] for rows in levels.values()}
     with style("black") as pyplot:
         figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
         colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -41,6 +42,10 @@ def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
                 axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=level)
             axis.set_title(label)
             axis.set_xlabel("training step")
+            if max(lengths) > min(lengths):
+                axis.set_xscale("symlog", linthresh=min(lengths))
+                axis.set_xticks(sorted({0, min(lengths) // 2, *lengths}))
+                axis.xaxis.set_major_formatter("{x:g}")
         axes.flat[0].axhline(CHANCE, color="gray", linestyle=":")
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
@@ -50,7 +55,7 @@ def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
                 ends = [values(row, key)[-1] for row in rows]
                 axis.plot([at + shift] * len(ends), ends, marker, color=colour, alpha=0.6)
                 axis.hlines(np.mean(ends), at + shift - 0.12, at + shift + 0.12, color=colour)
-        axis.set_xticks(range(len(levels)), [level.replace(", ", ",\n") for level in levels], fontsize=7)
+        axis.set_xticks(range(len(levels)), levels, fontsize=8, rotation=20, ha="right")
         axis.set_ylim(-0.05, 1.05)
         axis.set_title("at the end: accuracy ●, useful thoughts ▲")
         seeds = sorted({len(rows) for rows in levels.values()})

@@ -1,6 +1,7 @@
 """The learning curves of the embedded task, in miniature: runs, going on, figures, table."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -36,11 +37,12 @@ def test_it_runs_each_setting_once_and_draws_every_figure(tmp_path, capsys):
     assert command(tmp_path, "--figures", "policy", "boundary") == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["level"] for row in document["rows"]] == [
-        *("with policy term", "without", "dash", "random", "random, rate x 100")
+        *("with policy term", "without", "dash", "random", "random, rate x 100"),
+        "random, rate x 100, steps x 3",
     ]
-    assert len(lines(tmp_path)) == 4  # two figures share the default
+    assert len(lines(tmp_path)) == 5  # two figures share the default
     for line in map(json.loads, lines(tmp_path)):
-        assert [point["step"] for point in line["points"]] == [0, 1]
+        assert [point["step"] for point in line["points"]] == [0, *range(1, line["setting"]["longer"] + 1)]
         assert "reward" not in line["points"][0] and "reward" in line["points"][1]
         assert line["points"][0]["mix_weight"] == 0 and line["told_accuracy"] == 1
     assert {path.name for path in tmp_path.glob("*.png")} == {"policy.png", "boundary.png"}
@@ -67,7 +69,7 @@ def row(setting, seed, accuracies, useful=0.5):
         | ({"reward": x} if step else {})
         for step, x in zip((0, 20, 40), accuracies)
     ]
-    run = {"setting": curves.asdict(setting), "size": curves.asdict(SIZE), "seed": seed, "points": points}
+    run = {"setting": asdict(setting), "size": asdict(SIZE), "seed": seed, "points": points}
     return run | {"told_accuracy": 1.0, "seconds": 1.0, "machine": {}}
 
 
@@ -78,7 +80,15 @@ def test_figures_and_table_are_of_the_rows_alone(tmp_path, capsys, monkeypatch):
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
     assert main(["bench", "curves", "--output_dir", str(tmp_path), "--draw_only", "True"]) == 0
     found = {row["level"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
-    assert {"with policy term", "without", "dash", "R = 2", "k = 8"} <= found.keys()
+    assert {
+        "with policy term",
+        "without",
+        "dash",
+        "R = 2",
+        "k = 8",
+        "weight 0, T 1",
+        "weight 1, T 1",
+    } <= found.keys()
     with_, without = found["with policy term"], found["without"]
     assert (with_["seeds"], with_["learned"], without["seeds"], without["learned"]) == (2, 2, 1, 0)
     assert (with_["earliest step"], with_["latest step"], without["earliest step"]) == (20, 40, 20)
@@ -133,7 +143,7 @@ def test_there_must_be_a_run_to_draw(tmp_path, capsys):
 def test_every_setting_is_one_the_method_takes_and_differs_from_the_demo_where_it_says():
     every = {x for levels in curves.FIGURES.values() for x in levels.values()}
     assert Setting().config() == experiment.thinking()
-    assert sum(x.config() == experiment.thinking() for x in every) == 6  # four shares and a random boundary
+    assert sum(x.config() == experiment.thinking() for x in every) == 7  # five of shares, a random boundary
     assert Setting(num_thoughts=4, boundary_scale=100.0).config().boundary_scale == 100.0
     assert all(
         None in {x.useful_share for x in levels.values()}
