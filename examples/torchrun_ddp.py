@@ -35,7 +35,6 @@ def main(folder: str = "outputs/torchrun_ddp", steps: int = 6, save_every: int =
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-
     parallel = DistributedDataParallel(model)
     for step, batch in zip(range(first + 1, steps + 1), ShuffledBatches(rows, 4, first=first)):
         part = {name: x.chunk(processes)[rank].to(device) for name, x in batch.items()}

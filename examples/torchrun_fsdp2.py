@@ -5,7 +5,6 @@
 Interrupt it and run it again, also with more processes or by plain `python`: it goes on where it was.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def main(folder: str = "outputs/torchrun_fsdp2", steps: int = 6, save_every: int
     distributed.init_process_group(**({} if distributed.is_torchelastic_launched() else alone))
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     rows = text_rows([x.text() for x in walks(20, "examples")], AutoTokenizer.from_pretrained(TINY_LM), 34)
     config = QuietStarConfig(thought_length=3, talk_length=2, policy_weight=1.0)
     model = QuietStarForCausalLM.from_base(TINY_LM, config, dtype="float32").train()

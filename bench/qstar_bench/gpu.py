@@ -102,9 +102,9 @@ def stages(rehearse: bool, folder: Path) -> list[Stage]:
         step = ["step", *_options(TINY_STEP), "--steps", "1", "--rounds", "1"]
         return [
             Stage("tests", tests, 180),
-            Stage("attention T 9", [*bench, *attention, "--tokens", "9", "--baseline", "causal"], 90),
-            Stage("step", [*bench, *step], 90),
-            Stage("generate", [*generate, "--new_tokens", "3", "--rounds", "1"], 90),
+            Stage("attention T 9", [*bench, *attention, "--tokens", "9", "--baseline", "causal"], 300),
+            Stage("step", [*bench, *step], 300),
+            Stage("generate", [*generate, "--new_tokens", "3", "--rounds", "1"], 300),
         ]
     on_gpu = ["--device", "cuda"]
     attention = [*bench, "attention", *on_gpu, "--dtype", "bfloat16"]

@@ -129,7 +129,8 @@ def main(argv: list[str]) -> int:
         callbacks=[tracer] if tracer is not None else [],
     )
     batch = args.per_device_eval_batch_size
-    start = held_out(model, held_out_rows, batch, progress="held out, before")
+    first = trainer.is_world_process_zero()
+    start = held_out(model, held_out_rows, batch, progress="held out, before" if first else None)
     hard = hardest(start.base_nll)
     try:
         with tracer or nullcontext():
@@ -141,9 +142,10 @@ def main(argv: list[str]) -> int:
     trainer.save_model(args.output_dir)
     before, after = (
         summary(start, hard),
-        summary(held_out(model, held_out_rows, batch, "held out, after"), hard),
+        summary(held_out(model, held_out_rows, batch, "held out, after" if first else None), hard),
     )
-
+    if not first:
+        return 0
     if report.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
         print(f"curves: {Path(args.output_dir) / 'curves.png'}")
     steps = result.global_step

@@ -37,17 +37,17 @@ class HeldOut:
 
 
 def held_out(
-    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "held out"
+    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str | None = "held out"
 ) -> HeldOut:
     """Score rows (input_ids, position_ids), thinking once and greedily at every position; no logits are
-    kept."""
+    kept. progress: the progress bar's label, None for no bar."""
     parts = list(scored(model, rows, batch_size, progress))
     return HeldOut(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(HeldOut)))
 
 
 @torch.no_grad()
 def scored(
-    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str = "scored"
+    model: QuietStarForCausalLM, rows: list[dict], batch_size: int = 4, progress: str | None = "scored"
 ) -> Iterator[HeldOut]:
     """As `held_out`, a batch of rows at a time."""
     config = evaluated(model.quiet_star)
@@ -55,7 +55,9 @@ def scored(
         model.check_length(len(row["input_ids"]), "a held-out row", config)
     device = model.boundary.start_raw.device
     with in_eval_mode(model):
-        for first in tqdm(range(0, len(rows), batch_size), desc=progress, leave=False):
+        for first in tqdm(
+            range(0, len(rows), batch_size), desc=progress, leave=False, disable=progress is None
+        ):
             batch = {name: x.to(device) for name, x in collate(rows[first : first + batch_size]).items()}
             at = TextRows.from_batch(
                 batch["input_ids"], batch["attention_mask"], batch["position_ids"]

@@ -91,6 +91,31 @@ def test_accelerates_own_fsdp2_shards_and_resumes_with_four_processes(tmp_path):
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-4)
 
 
+def test_qstar_train_reports_once_from_two_processes(tmp_path):
+    (tmp_path / "book.txt").write_text("A whale swims far away in the deep blue sea. " * 200)
+    options = {
+        "text": tmp_path / "book.txt",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "span_length": 32,
+        "thought_length": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    ran = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "qstar.cli.main", "train", *given],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("peak resident memory") == ran.stdout.count("curves: ") == 1
+    assert json.loads(ran.stdout.splitlines()[-1])["steps"] == 2
+    assert "held out, after" in ran.stderr and (tmp_path / "out" / "curves.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "section"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_batch import CASES, SHARDED_CASES, WHOLE_CASES
+from shared_batch import CASES, HYBRID_CASES, MESSAGES, SHARDED_CASES, WHOLE_CASES
 from tiny_models import thinking_model, tokens
 
 from qstar.data import collate
@@ -26,6 +26,8 @@ def found(tmp_path_factory):
     random = json.dumps({"thinking_positions": "random", "thinking_fraction": 0.5})
     runs = {
         "gradients": [2, ["gradients"]],
+        "hybrid": [4, ["hybrid"]],
+        "messages": [2, ["messages"]],
         "saved": [2, ["half", str(folder)]],
         "thoughts": [2, ["thoughts", "{}"]],
         "thoughts at random positions": [3, ["thoughts", random]],
@@ -51,6 +53,21 @@ def test_the_parts_of_a_batch_have_the_loss_and_gradients_of_the_whole(found, ca
     loss_error, gradient_error, positive = found["gradients"][case]
     assert loss_error < 1e-5 and gradient_error < 1e-5
     assert positive > 0 or case.split(", ", 1)[1] in WITHOUT_POLICY  # else the policy term was not looked at
+
+
+@pytest.mark.parametrize("case", HYBRID_CASES)
+def test_so_have_shards_that_are_kept_in_copies(found, case):
+    loss_error, gradient_error, positive = found["hybrid"][f"fsdp2, {case}"]
+    assert loss_error < 1e-5 and gradient_error < 1e-5 and positive > 0
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_a_layer_travels_as_often_as_the_plan_says(found, case):
+    """docs/scaling.md: it does not depend on R; a step may begin with one gather more of one layer."""
+    k, kept = MESSAGES[case]["thought_length"], not MESSAGES[case]["sharding"]["reshard_after_forward"]
+    least, most = (2, 3) if kept else (k + 4, k + 5)
+    assert least <= found["messages"][case]["gather"] < most
+    assert found["messages"][case]["reduce"] == 1
 
 
 def test_no_case_is_forgotten(found):

@@ -1,6 +1,8 @@
 """Batches shared out to processes beside the same batches in one: for worlds.py; prints JSON by rank 0.
 
 shared_batch.py gradients      {case: [error of the loss, of the worst gradient, positive advantages]}
+shared_batch.py hybrid         the same of shards in copies, for four processes
+shared_batch.py messages       {case: messages of a sharded layer in one step}
 shared_batch.py thoughts       who thought what
 shared_batch.py half FOLDER    FSDP2 in bf16, and what a sharded model saves
 """
@@ -11,14 +13,17 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 
 import torch
 from tiny_models import thinking_model, tokens
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from qstar import QuietStarForCausalLM
 from qstar.data import collate
@@ -30,6 +35,7 @@ EQUAL = [{"input_ids": row.tolist(), "position_ids": list(range(14))} for row in
 UNEQUAL = [{name: x[:n] for name, x in row.items()} for row, n in zip(EQUAL, LENGTHS)]
 SORTED = sorted(UNEQUAL, key=lambda row: len(row["input_ids"]))
 APART = {"rows": SORTED, "apart": True, "thought_temperature": 0.0, "num_thoughts": 1}
+APART_FROM_ROOT = {"apart_from_root": True}
 MASKED = [row | {"think_mask": [0, 1] * 7} for row in EQUAL]
 
 # way; what else: knobs of the config, rows, apart (each part is padded by itself), how the model is sharded
@@ -53,15 +59,22 @@ CASES: dict[str, dict] = {
 }
 WHOLE_CASES: dict[str, dict] = {"frozen writer": {"writer": "base", "policy_weight": 0.0}}
 SHARDED_CASES: dict[str, dict] = {
-    "kept after forward": {"reshard_after_forward": False},
-    "embeddings and head apart": {"apart_from_root": True},
-    "embeddings and head apart, tied": {"apart_from_root": True, "kind": "gemma2"},
-    "head apart, frozen": {"apart_from_root": True, "frozen": True},
+    "kept after forward": {"sharding": {"reshard_after_forward": False}},
+    "embeddings and head apart": {"sharding": APART_FROM_ROOT},
+    "embeddings and head apart, tied": {"sharding": APART_FROM_ROOT, "kind": "gemma2"},
+    "head apart, frozen": {"sharding": APART_FROM_ROOT, "frozen": True},
     "head apart, chunks and checkpointing": {
-        "apart_from_root": True,
+        "sharding": APART_FROM_ROOT,
         "block_chunk": 24,
         "checkpointing": True,
     },
+}
+HYBRID_CASES: dict[str, dict] = {"two shards, two copies": {"sharding": {"copies_and_shards": (2, 2)}}}
+
+MESSAGES: dict[str, dict] = {
+    f"k {k}, {name}": {"thought_length": k, "num_thoughts": R, "sharding": {"reshard_after_forward": reshard}}
+    for k, R in ((0, 1), (2, 1), (4, 1), (4, 3))
+    for name, reshard in ((f"R {R}, gathered anew", True), (f"R {R}, kept", False))
 }
 
 
@@ -74,7 +87,10 @@ def build(kind="llama", frozen=False, checkpointing=False, **knobs) -> QuietStar
     return model
 
 
-def shard(model, apart_from_root=False, **options) -> QuietStarForCausalLM:
+def shard(model, apart_from_root=False, copies_and_shards=None, **options) -> QuietStarForCausalLM:
+    if copies_and_shards:
+        names = ("copies", "shards")
+        options["mesh"] = init_device_mesh("cpu", copies_and_shards, mesh_dim_names=names)
     for layer in text_body(model.base).layers:
         fully_shard(layer, **options)
     if apart_from_root:  # as accelerate does
@@ -98,18 +114,15 @@ def two_steps(model, module, batch, factor=1, **options) -> tuple[float, dict[st
     return output.loss.detach(), found, float(output.metrics["positive_advantages"])
 
 
-def alone(rows=EQUAL, apart=False, apart_from_root=False, reshard_after_forward=True, **options):
+def alone(rows=EQUAL, apart=False, sharding=None, **options):
     model = build(**options)
     return two_steps(model, model, collate(rows))
 
 
-def shared(way: str, rows=EQUAL, apart=False, apart_from_root=False, reshard_after_forward=True, **options):
+def shared(way: str, rows=EQUAL, apart=False, sharding=None, **options):
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     model = build(**options)
-    if way == "fsdp2":
-        module = shard(model, apart_from_root, reshard_after_forward=reshard_after_forward)
-    else:
-        module = DistributedDataParallel(model)
+    module = shard(model, **(sharding or {})) if way == "fsdp2" else DistributedDataParallel(model)
     whole = collate(rows)
     part = {name: x.chunk(processes)[rank] for name, x in whole.items()}
     if apart:
@@ -120,10 +133,12 @@ def shared(way: str, rows=EQUAL, apart=False, apart_from_root=False, reshard_aft
     return loss, found, positive
 
 
-def compare_gradients() -> dict[str, list[float]]:
+def compare_gradients(hybrid: bool = False) -> dict[str, list[float]]:
     """{way and case: [relative error of the loss, of the worst gradient, positive advantages]}."""
-    cases = {("ddp", name): case for name, case in (CASES | WHOLE_CASES).items()}
-    cases |= {("fsdp2", name): case for name, case in (CASES | SHARDED_CASES).items()}
+    cases = {("fsdp2", name): case for name, case in HYBRID_CASES.items()}
+    if not hybrid:
+        cases = {("ddp", name): case for name, case in (CASES | WHOLE_CASES).items()}
+        cases |= {("fsdp2", name): case for name, case in (CASES | SHARDED_CASES).items()}
     expected = {name: alone(**case) for name, case in cases.items()}
     distributed.init_process_group("gloo")
     errors = {}
@@ -137,6 +152,28 @@ def compare_gradients() -> dict[str, list[float]]:
         )
         errors[f"{way}, {name}"] = [float((loss - true_loss).abs() / true_loss), worst, positive]
     return errors
+
+
+def count_messages() -> dict[str, dict[str, float]]:
+    """{case: {kind: messages of a sharded layer in one step}}."""
+    distributed.init_process_group("gloo")
+    whole = collate(EQUAL)
+    part = {name: x.chunk(2)[distributed.get_rank()] for name, x in whole.items()}
+    found = {}
+    for name, case in MESSAGES.items():
+        model = shard(build(**{k: v for k, v in case.items() if k != "sharding"}), **case["sharding"])
+        layers = text_body(model.base).layers
+        for _ in range(2):  # the first one also sets up
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+                model(**part).loss.backward()
+        weights = sum(p.numel() for p in layers[0].parameters())
+        sizes = {"gather": ("_allgather_base_", weights), "reduce": ("_reduce_scatter_base_", weights // 2)}
+        found[name] = {
+            kind: sum(e.name == f"c10d::{call}" and e.input_shapes[0] == [size] for e in seen.events())
+            / len(layers)
+            for kind, (call, size) in sizes.items()
+        }
+    return found
 
 
 def compare_thoughts(knobs: str) -> dict[str, list]:
@@ -204,10 +241,15 @@ def half_and_saved(folder: str) -> dict:
     }
 
 
-WHAT = {"gradients": compare_gradients, "thoughts": compare_thoughts, "half": half_and_saved}
+WHAT = {
+    "gradients": compare_gradients,
+    "hybrid": partial(compare_gradients, hybrid=True),
+    "messages": count_messages,
+    "thoughts": compare_thoughts,
+    "half": half_and_saved,
+}
 
 if __name__ == "__main__":
     found = WHAT[sys.argv[1]](*sys.argv[2:])
     if distributed.get_rank() == 0:
         print(json.dumps(found))
-    distributed.destroy_process_group()

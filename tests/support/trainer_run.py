@@ -12,7 +12,6 @@ import sys
 
 from as_if_on_gpus import tell
 from tiny_models import thinking_model, tokens
-from torch import distributed
 from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainingArguments
 
@@ -48,8 +47,6 @@ def main(folder: str, which: str, way: str, resume_from: str | None = None) -> N
     found = {"fsdp": trainer.is_fsdp_enabled, "losses": losses}
     if trainer.is_world_process_zero():
         print(json.dumps(found))
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

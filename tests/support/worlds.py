@@ -50,7 +50,7 @@ def run(program: str, processes: int, arguments: list[str]) -> str:
                 except BaseException:  # of a forked process nothing may reach the parent's code
                     sys.excepthook(*sys.exc_info())
                     os._exit(1)
-                os._exit(0)
+                os._exit(0)  # not destroy_process_group: it joins gloo's threads, which may wait for the GIL
             ranks[process] = rank
         wait(ranks)
         printed.seek(0)
