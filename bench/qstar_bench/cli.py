@@ -6,6 +6,7 @@ import importlib
 
 MEASUREMENTS = {
     "attention": "qstar_bench.attention",
+    "curves": "qstar_bench.curves",
     "data": "qstar_bench.data",
     "generate": "qstar_bench.generate",
     "gpu": "qstar_bench.gpu",

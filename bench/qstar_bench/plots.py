@@ -193,7 +193,7 @@ PLOTS: dict[str, Callable[[dict[str, Any]], list[Plot]]] = {
 
 def svg(plot: Plot, name: str) -> str:
     """The plot as an element of a page, in the page's text colour; name: unique on the page."""
-    with _style(INK) as pyplot:
+    with style(INK) as pyplot:
         figure, axis = pyplot.subplots(figsize=INCHES, layout="constrained")
         draw(axis, plot)
         text = StringIO()
@@ -213,7 +213,7 @@ def save(plots: list[Plot], path: str | Path) -> None:
     if not plots:
         raise ValueError(f"plot = {path}: there is nothing to draw in this run")
     down, across = math.ceil(len(plots) / 2), min(2, len(plots))
-    with _style("black") as pyplot:
+    with style("black") as pyplot:
         size = across * INCHES[0], down * INCHES[1]
         figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
         for axis, plot in zip(axes.flat, plots):
@@ -225,7 +225,7 @@ def save(plots: list[Plot], path: str | Path) -> None:
 
 
 @contextmanager
-def _style(ink: str) -> Iterator[Any]:
+def style(ink: str) -> Iterator[Any]:
     """matplotlib's pyplot, without a screen, with our settings for a while."""
     import matplotlib
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -93,16 +95,25 @@ class Task:
         )
 
 
-def before(task: Task, config: QuietStarConfig) -> QuietStarForCausalLM:
-    """The embedded model, ready to think (w = 0)."""
-    base = AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32")
-    return QuietStarForCausalLM.from_base(base, config, tokenizer=task.tokenizer).eval()
+def before(task: Task, config: QuietStarConfig, base: str | Path = TINY_LM) -> QuietStarForCausalLM:
+    """The embedded model, or that of another folder with its tokenizer, ready to think (w = 0)."""
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    return QuietStarForCausalLM.from_base(loaded, config, tokenizer=task.tokenizer).eval()
 
 
 def train(task: Task, config: QuietStarConfig | None, seed: int) -> PreTrainedModel:
     """The embedded model after one pass over the task's rows; config None is the control: no thoughts, all
     else equal."""
     set_seed(seed)
+    if config is None:
+        return fit(AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32"), task, seed)
+    return fit(before(task, config), task, seed)
+
+
+def fit(
+    model: PreTrainedModel, task: Task, seed: int, callbacks: list[TrainerCallback] | None = None
+) -> PreTrainedModel:
+    """The same model, after one pass over the task's rows."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -117,16 +128,20 @@ def train(task: Task, config: QuietStarConfig | None, seed: int) -> PreTrainedMo
             use_cpu=True,
             disable_tqdm=False,
         )
-        common = {"args": arguments, "train_dataset": task.rows, "data_collator": collate}
-        model: PreTrainedModel
-        if config is None:
-            model = AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32")
-            trainer = Trainer(model=model, **common)
+        common: dict[str, Any] = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": task.rows,
+            "data_collator": collate,
+            "callbacks": callbacks,
+        }
+        trainer: Trainer
+        if isinstance(model, QuietStarForCausalLM):
+            trainer = QuietStarTrainer(mixing_learning_rate=MIXING_LEARNING_RATE, **common)
+        else:
+            trainer = Trainer(**common)
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(ThoughtProgress())
-        else:
-            model = before(task, config)
-            trainer = QuietStarTrainer(model=model, mixing_learning_rate=MIXING_LEARNING_RATE, **common)
         trainer.train()
     return model.eval()
 

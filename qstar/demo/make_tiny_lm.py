@@ -24,7 +24,7 @@ from qstar.demo.town import document
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS, MLP, CONTEXT = 2048, 128, 2, 4, 2, 512, 512
-COMMON, RARE = (1.0, 1.0), (0.5, 0.2)  # (share of documents with an aside, share of useful asides)
+COMMON_ASIDES, RARE_ASIDES = 1.0, 0.5  # share of documents with an aside
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Options:
     output: str = field(default=str(TINY_LM), metadata={"help": "Folder to write the model to."})
     seed: int = field(default=0, metadata={"help": "Seed of the weights and of the order of the text."})
     steps_common: int = field(default=800, metadata={"help": "Steps while every aside is useful."})
-    steps_rare: int = field(default=700, metadata={"help": "Steps while one aside in five is."})
+    steps_rare: int = field(default=700, metadata={"help": "Steps while only some asides are."})
+    useful_share: float = field(default=0.2, metadata={"help": "Share of useful asides in these steps."})
     rows: int = field(default=32, metadata={"help": "Rows of a batch."})
     tokens: int = field(default=96, metadata={"help": "Tokens of a row."})
     prose_share: float = field(default=0.3, metadata={"help": "Share of the tokens that is prose."})
@@ -68,7 +69,8 @@ def batches(options: Options, tokenizer, prose: list[int]) -> Iterator[Tensor]:
     draw = random.Random(f"text {options.seed}")
     prose_rows = round(options.rows * options.prose_share)
     for step in range(options.steps_common + options.steps_rare):
-        shares = COMMON if step < options.steps_common else RARE
+        common = step < options.steps_common
+        shares = (COMMON_ASIDES, 1.0) if common else (RARE_ASIDES, options.useful_share)
         batch = []
         for row in range(options.rows):
             if row < prose_rows:
@@ -82,9 +84,9 @@ def batches(options: Options, tokenizer, prose: list[int]) -> Iterator[Tensor]:
         yield torch.tensor(batch)
 
 
-def train(options: Options, tokenizer, prose: str) -> LlamaForCausalLM:
+def new_model(options: Options, tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(options.seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
@@ -99,6 +101,10 @@ def train(options: Options, tokenizer, prose: str) -> LlamaForCausalLM:
             pad_token_id=None,
         )
     )
+
+
+def train(model: LlamaForCausalLM, options: Options, tokenizer, prose: str) -> LlamaForCausalLM:
+    """The same model, after all steps."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.1
     )
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(args=argv)
     prose = Path(options.prose).read_text(encoding="utf-8")
     tokenizer = make_tokenizer(prose, options.seed)
-    model = train(options, tokenizer, prose)
+    model = train(new_model(options, tokenizer), options, tokenizer, prose)
     # bf16 halves the package; the demo and the tests load it in fp32
     model.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
