@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
 from as_if_on_gpus import tell
 from tiny_models import thinking_model, tokens
 from trainer_options import SHORT_RUN
@@ -23,6 +24,12 @@ STEPS, SAVED = 4, 2
 LENGTHS = {"stock": [10] * 16, "own": [10, 6, 8, 10, 5, 10, 7, 9] * 2}  # with the stock Trainer all alike
 
 
+class OnCpu(TrainingArguments):
+    @property
+    def device(self):  # not the "cpu:0" of several processes, to which torch 2.11 loads nothing
+        return torch.device(super().device.type)
+
+
 def main(folder: str, which: str, way: str, resume_from: str | None = None) -> None:
     rows = [
         {"input_ids": tokens(1, n, i)[0].tolist(), "position_ids": list(range(n))}
@@ -30,7 +37,7 @@ def main(folder: str, which: str, way: str, resume_from: str | None = None) -> N
     ]
     sharded = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": way}} if way != "ddp" else {}
     options = {"use_cpu": True, "save_strategy": "steps", "save_steps": SAVED, "max_steps": STEPS}
-    args = TrainingArguments(folder, **(SHORT_RUN | options | sharded))
+    args = OnCpu(folder, **(SHORT_RUN | options | sharded))
     args.per_device_train_batch_size = 4 // args.world_size
     if sharded:
         tell(args.distributed_state)
