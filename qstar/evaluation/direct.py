@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qstar.evaluation.predictions import WAYS, Thinking, evaluated, predict
+from qstar.evaluation.predictions import WAYS, Thinking, evaluated, padded, predict
 from qstar.evaluation.questions import Item
 from qstar.evaluation.run import Figures
 from qstar.model import QuietStarForCausalLM
@@ -43,18 +43,8 @@ class DirectAnswers:
     ) -> dict[str, list[Figures]]:
         items = [self.items[i] for i in questions]
         device = model.boundary.start_raw.device
-        length = max(len(item.input_ids) for item in items)
-        batch = {
-            name: torch.zeros(len(items), length, dtype=torch.long)
-            for name in ("input_ids", "attention_mask")
-        }
-        at = torch.zeros(len(items), length, dtype=torch.bool)
-        for row, item in enumerate(items):
-            batch["input_ids"][row, : len(item.input_ids)] = torch.tensor(item.input_ids)
-            batch["attention_mask"][row, : len(item.input_ids)] = 1
-            at[row, item.at] = True
-        batch = {name: x.to(device) for name, x in batch.items()}
-        found = predict(model, batch, at.to(device), ways, thinking, generator)
+        batch, at = padded([(item.input_ids, item.at) for item in items], device)
+        found = predict(model, batch, at, ways, thinking, generator)
         sets = {item.allowed: torch.tensor(item.allowed, device=device) for item in items}
         heads = {allowed: model.head.only(ids) for allowed, ids in sets.items()}
         figures: dict[str, list[Figures]] = {way: [] for way in ways}

@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from qstar.data import collate
-from qstar.evaluation.predictions import Predictions, Thinking, evaluated, predict
+from qstar.evaluation.predictions import Predictions, Thinking, evaluated, padded, predict
 from qstar.generation.loop import THINK
 from qstar.model import QuietStarForCausalLM
 from qstar.supported import context_length
@@ -131,13 +130,8 @@ class QuietStarLM(HFLM):
     ) -> list[list[tuple[float, bool]]]:
         """(log-likelihood, whether greedy) of the continuations asked for after each (tokens, how many of
         their last positions predict the continuation)."""
-        rows = [{"input_ids": list(ids), "position_ids": list(range(len(ids)))} for ids, _ in batch]
-        tensors = {name: x.to(self.device) for name, x in collate(rows).items()}
-        if tensors["input_ids"].shape[1] == 1:  # an empty context: a text has two tokens, or one and padding
-            tensors = {name: torch.nn.functional.pad(x, (0, 1)) for name, x in tensors.items()}
-        at = torch.zeros_like(tensors["input_ids"], dtype=torch.bool)
-        for row, (ids, count) in enumerate(batch):
-            at[row, len(ids) - count : len(ids)] = True
+        positions = [(ids, range(len(ids) - count, len(ids))) for ids, count in batch]
+        tensors, at = padded(positions, self.device)
         predictions = self._predictions(tensors, at)
         where: list[int] = []
         targets: list[int] = []

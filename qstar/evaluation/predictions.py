@@ -6,6 +6,7 @@ and the prediction right after it. Legend: B rows, T tokens, M positions, k thou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qstar.boundary import SUBSTITUTES, boundary_token_id
 from qstar.config import QuietStarConfig
+from qstar.data import collate
 from qstar.layout import TextRows, ThoughtLayout
 from qstar.model import QuietStarForCausalLM
 
@@ -70,6 +72,20 @@ def evaluated(config: QuietStarConfig, temperature: float = 0.0) -> QuietStarCon
         thinking_positions="all",
         thinking_fraction=1.0,
     )
+
+
+def padded(
+    asked: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(the batch, at [B, T] bool) that `predict` takes, of rows (token ids, positions in question), padded on
+    the right to two tokens at least: a text is no shorter."""
+    rows = [{"input_ids": list(ids), "position_ids": list(range(len(ids)))} for ids, _ in asked]
+    length = max(2, *(len(ids) for ids, _ in asked))
+    batch = {name: x.to(device) for name, x in collate(rows, length).items()}
+    at = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for row, (_, positions) in enumerate(asked):
+        at[row, list(positions)] = True
+    return batch, at
 
 
 @torch.no_grad()

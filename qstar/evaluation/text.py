@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from qstar_kernels.vocabulary import nll_by_temperature
 
-from qstar.data import collate, encode, pack_rows
+from qstar.data import encode, pack_rows
 from qstar.evaluation.held_out import hardest
-from qstar.evaluation.predictions import WAYS, Thinking, evaluated, predict
+from qstar.evaluation.predictions import WAYS, Thinking, evaluated, padded, predict
 from qstar.evaluation.run import Figures
 from qstar.evaluation.statistics import Sums
 from qstar.model import QuietStarForCausalLM
@@ -84,12 +84,8 @@ class PlainText:
         generator: torch.Generator,
     ) -> dict[str, list[Figures]]:
         chosen = [self.spans[i] for i in questions]
-        device = model.boundary.start_raw.device
-        rows = [{"input_ids": x.input_ids, "position_ids": list(range(len(x.input_ids)))} for x in chosen]
-        batch = {name: x.to(device) for name, x in collate(rows).items()}
-        at = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        for row, span in enumerate(chosen):
-            at[row, span.at] = True
+        asked_for = [(span.input_ids, span.at) for span in chosen]
+        batch, at = padded(asked_for, model.boundary.start_raw.device)
         targets = batch["input_ids"].roll(-1, dims=1)[at]
         asked = tuple(way for way in ways if way != SMOOTHED)
         found = predict(model, batch, at, ("without", *asked), thinking, generator)
