@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
     resolved = resolve_impl(args.impl, args.device, DTYPES[args.dtype[0]])
     flops = step_flops(build(args, "dense", "meta")[0], args.batch, args.tokens)
     ceilings = {dtype: matmul_flops(DTYPES[dtype], args.device) for dtype in args.dtype}
+    left_out = emulated(ceilings) if args.preset is not None else []
+    args.dtype = [dtype for dtype in args.dtype if dtype not in left_out]
     where = machine(
         args.device,
         attention=resolved,
@@ -43,6 +45,12 @@ def main(argv: list[str]) -> int:
     if not output.json:
         print(report.table([card(args, flops)], digits=1))
         print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+        for dtype in left_out:
+            print(
+                f"{dtype} is LEFT OUT: this {args.device} has no instructions for it; without --preset, "
+                f"--dtype {dtype} runs it all the same",
+                flush=True,
+            )
     difference = check(args)
     runs = [(way, dtype) for dtype in args.dtype for way in args.way]
     rounds: dict[tuple[str, str], list[dict]] = {run: [] for run in runs}
@@ -72,9 +80,16 @@ def main(argv: list[str]) -> int:
         phases=phases,
         flops=asdict(flops),
         difference=difference,
+        left_out=left_out,
         **figures,
     )
     return 0
+
+
+def emulated(ceilings: dict[str, float]) -> list[str]:
+    """Of FLOP/s by dtype, those dtypes that are ten times as slow as the first one or worse."""
+    first, *others = ceilings
+    return [dtype for dtype in others if ceilings[dtype] < ceilings[first] / 10]
 
 
 def card(args: StepArguments, flops: StepFlops) -> dict[str, Any]:

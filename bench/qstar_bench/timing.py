@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _Result = TypeVar("_Result")
 AHEAD_CYCLES = 10_000_000  # some 5 ms, in which a call's launches queue up
 CACHE_BYTES = 256 << 20  # more than any GPU's last cache holds
+EMULATED_FLOPS = 2e9  # a core with instructions for a dtype does 20e9 or more
 
 
 def timed(run: Callable[[], _Result], device: str) -> tuple[float, _Result]:
@@ -50,16 +51,23 @@ def _cache_filler() -> Tensor:
 
 class SquareProduct:
     """A large square matrix product of random numbers: the ceiling that any model on this machine is held
-    against. n is 2,048 on a CPU and 8,192 on a GPU; flops: of one product."""
+    against. n is 2,048 on a CPU, but 256 where that has no instructions for dtype and would take minutes, and
+    8,192 on a GPU; flops: of one product."""
 
-    def __init__(self, dtype: torch.dtype, device: str):
-        n = 2048 if device == "cpu" else 8192
+    def __init__(self, dtype: torch.dtype, device: str, n: int | None = None):
+        if n is None:
+            n = 8192 if device != "cpu" else 256 if _emulated(dtype) else 2048
         self.name = f"{n} x {n} x {n} in {str(dtype).removeprefix('torch.')}"
         self.flops = 2.0 * n**3
         self.a, self.b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 
     def run(self) -> Tensor:
         return self.a @ self.b
+
+
+def _emulated(dtype: torch.dtype) -> bool:
+    small = SquareProduct(dtype, "cpu", 256)
+    return small.flops / min(timed(small.run, "cpu")[0] for _ in range(3)) < EMULATED_FLOPS
 
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from qstar_bench import step_ways
+from qstar_bench import step, step_ways, timing
 from qstar_bench.flops import step_flops
 from qstar_bench.published import published_step
 from qstar_bench.step import main
@@ -42,6 +42,43 @@ def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
     assert document["difference"] < 1e-6
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"qstar.prefix", "qstar.rollout", "qstar.blocks", "qstar.loss", "qstar.backward"} <= names
+
+
+def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, capsys):
+    rates = {torch.float32: 1e11, torch.bfloat16: 3e8}
+    monkeypatch.setattr(step, "matmul_flops", lambda dtype, device: rates[dtype])
+    monkeypatch.setitem(
+        step_ways.PRESETS,
+        "small",
+        {"model": "tiny", "tokens": 9, "thought_length": 2, "talk_length": 2, "rounds": 1, "way": ["plain"]}
+        | {"dtype": ["float32", "bfloat16"]},
+    )
+    assert main(["--preset", "small"]) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16 is LEFT OUT: this cpu has no instructions for it" in printed
+    document = json.loads(printed.splitlines()[-1])
+    assert document["left_out"] == ["bfloat16"]
+    assert [row["dtype"] for row in document["rows"]] == ["float32"]
+    # asked for by name it runs
+    assert main([*TINY, "--way", "plain", "--rounds", "1", "--dtype", "float32", "bfloat16"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["left_out"] == []
+    assert [row["dtype"] for row in document["rows"]] == ["float32", "bfloat16"]
+
+
+def test_the_ceiling_of_an_emulated_dtype_is_measured_on_a_small_product(monkeypatch):
+    sizes = []
+
+    clock = [0.0]
+
+    def run(product):
+        sizes.append(product.flops)
+        clock[0] += product.flops / 3e8
+
+    monkeypatch.setattr(timing.SquareProduct, "run", run)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert timing.matmul_flops(torch.bfloat16, "cpu") == pytest.approx(3e8)
+    assert max(sizes) == 2 * 256**3
 
 
 @pytest.mark.parametrize(("k", "m", "R"), [(1, 1, 1), (3, 2, 2), (2, 4, 3)])
