@@ -119,9 +119,7 @@ def one_cycle(
     model: LlamaForCausalLM, batches: Iterable[dict[str, Tensor]], steps: int, learning_rate: float
 ) -> LlamaForCausalLM:
     """The same model, after so many batches, which are what it is called with."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=0.05
     )

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qstar.data import collate
 from qstar.demo.make_tiny_lm import byte_level_bpe, new_model, one_cycle
-from qstar.proof.kinds import KINDS, Kind, Question, document
+from qstar.proof.kinds import KINDS, Question, document
 
 PROSE = Path(__file__).with_name("prose.txt")
 TOKENIZER_DOCUMENTS = 6_000  # of each kind, so that every word of an aside becomes one token
@@ -25,12 +25,12 @@ TOKENIZER_DOCUMENTS = 6_000  # of each kind, so that every word of an aside beco
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How the base model is trained. rare_asides: share of documents with an aside in the second phase,
-    useful_share of which show the steps."""
+    """How the base model is trained. In the first `common_share` of the steps every document has a useful
+    aside; after that `rare_asides` of them have one, and `useful_share` of these are useful."""
 
-    steps_common: int = 500
-    steps_rare: int = 350
-    rows: int = 32
+    steps: int = 1200
+    common_share: float = 0.65
+    rows: int = 20
     tokens: int = 96
     prose_share: float = 0.2
     rare_asides: float = 0.5
@@ -59,8 +59,8 @@ def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -
     draw = random.Random(f"base {seed}")
     ids = tokenizer(prose()[0], verbose=False)["input_ids"]
     prose_rows = round(recipe.rows * recipe.prose_share)
-    for step in range(recipe.steps_common + recipe.steps_rare):
-        common = step < recipe.steps_common
+    for step in range(recipe.steps):
+        common = step < recipe.common_share * recipe.steps
         shares = (1.0, 1.0) if common else (recipe.rare_asides, recipe.useful_share)
         rows = []
         for row in range(recipe.rows):
@@ -89,18 +89,17 @@ def _row_of_documents(tokenizer, draw: random.Random, shares, tokens: int) -> di
 
 def train(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """The base model of this seed."""
-    steps = recipe.steps_common + recipe.steps_rare
     rows = batches(recipe, tokenizer, seed)
-    return one_cycle(new_model(seed, tokenizer), rows, steps, recipe.learning_rate).eval()
+    return one_cycle(new_model(seed, tokenizer), rows, recipe.steps, recipe.learning_rate).eval()
 
 
 @torch.no_grad()
 def told_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, kind: Kind, questions: list[Question]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, kind: str, questions: list[Question]
 ) -> float:
     """Share of the questions whose answer is the likeliest of its kind after the written-out useful aside:
     what a thought could reach."""
     ids = torch.tensor(tokenizer([q.document(q.useful_aside) for q in questions])["input_ids"])
-    words = torch.tensor(tokenizer([f" {answer}" for answer in kind.answers])["input_ids"])[:, 0]
+    words = torch.tensor(tokenizer([f" {answer}" for answer in KINDS[kind].answers])["input_ids"])[:, 0]
     said = words[model(input_ids=ids).logits[:, -3, words].argmax(-1)]  # then the answer and its full stop
     return float((said == ids[:, -2]).float().mean())

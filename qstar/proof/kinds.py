@@ -10,23 +10,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, is_held_out
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
+_NUMBERS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen twenty
+"""
+_NAMES = """
+Ann Ben Carl Dora Eve Fred Gus Hans Ida Jack Kate Leo Max Nora Olga Paul Ruth Sam Tom Una Vera Will Xena Zoe
+"""
+_ANIMALS = """
+ant bear cat deer eel fox goat hare ibis jay kite lion mole newt owl pig quail rat seal toad urchin viper wolf
+yak
+"""
+NUMBERS, NAMES, ANIMALS = _NUMBERS.split(), _NAMES.split(), _ANIMALS.split()
 MOST_CHANGE = 5  # of a sum: what is got or lost at once
-NAMES = (
-    "Ann Ben Carl Dora Eve Fred Gus Hans Ida Jack Kate Leo Max Nora Olga Paul Ruth Sam Tom Una Vera Will "
-    "Xena Zoe"
-).split()
 PAIRS = 11  # of a family: parent and child
-ANIMALS = (
-    "ant bear cat deer eel fox goat hare ibis jay kite lion mole newt owl pig quail rat seal toad urchin "
-    "viper wolf yak"
-).split()
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ def kinship(draw: random.Random) -> Question:
     """A family, told pair by pair (child, parent) in any order; asked for is the ancestor of STEPS
     generations ago, beyond whom the line may go on."""
     line = draw.sample(NAMES, PAIRS + 1)
-    pairs = [f"{child} {parent}" for child, parent in zip(line, line[1:])]
+    pairs = [f"{child} {parent}" for child, parent in pairwise(line)]
     draw.shuffle(pairs)
     who = draw.randrange(PAIRS + 1 - STEPS)
     ancestors = line[who + 1 : who + 1 + STEPS]
-    return Question(f"Parents: {', '.join(pairs)}. Far above {line[who]}?", tuple(ancestors[:-1]), ancestors[-1])
+    return Question(
+        f"Parents: {', '.join(pairs)}. Far above {line[who]}?", tuple(ancestors[:-1]), ancestors[-1]
+    )
 
 
 def sorting(draw: random.Random) -> Question:
