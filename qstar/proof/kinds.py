@@ -15,8 +15,8 @@ from itertools import pairwise
 from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, is_held_out
 
 _NUMBERS = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen twenty
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty
 """
 _NAMES = """
 Ann Ben Carl Dora Eve Fred Gus Hans Ida Jack Kate Leo Max Nora Olga Paul Ruth Sam Tom Una Vera Will Xena Zoe
