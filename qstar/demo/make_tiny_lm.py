@@ -9,7 +9,7 @@ half of the documents carry an aside, and one aside in five is useful.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,16 +49,16 @@ def make_tokenizer(prose: str, seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on the prose and on as many walks with asides of both kinds."""
     draw = random.Random(f"tokenizer {seed}")
     walks = [document(draw, 1.0, 0.5) for _ in range(20_000)]
-    return byte_level_bpe([prose, *walks, "—"])
+    return byte_level_bpe([prose, *walks, "—"], VOCABULARY)
 
 
-def byte_level_bpe(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of VOCABULARY tokens, trained on the texts."""
+def byte_level_bpe(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many tokens, trained on the texts; the first one is END_OF_TEXT."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -89,8 +89,8 @@ def batches(options: Options, tokenizer, prose: list[int]) -> Iterator[Tensor]:
         yield torch.tensor(batch)
 
 
-def new_model(seed: int, tokenizer) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def new_model(options: Options, tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(options.seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -110,22 +110,17 @@ def new_model(seed: int, tokenizer) -> LlamaForCausalLM:
 
 def train(model: LlamaForCausalLM, options: Options, tokenizer, prose: str) -> LlamaForCausalLM:
     """The same model, after all steps."""
-    ids = tokenizer(prose, verbose=False)["input_ids"]
-    rows = ({"input_ids": batch, "labels": batch} for batch in batches(options, tokenizer, ids))
-    return one_cycle(model, rows, options.steps_common + options.steps_rare, options.learning_rate)
-
-
-def one_cycle(
-    model: LlamaForCausalLM, batches: Iterable[dict[str, Tensor]], steps: int, learning_rate: float
-) -> LlamaForCausalLM:
-    """The same model, after so many batches, which are what it is called with."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.1
     )
-    progress = tqdm(batches, total=steps)
+    steps = options.steps_common + options.steps_rare
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=steps, pct_start=0.05
+    )
+    ids = tokenizer(prose, verbose=False)["input_ids"]
+    progress = tqdm(batches(options, tokenizer, ids), total=steps)
     for batch in progress:
-        loss = model(**batch).loss
+        loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -140,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(args=argv)
     prose = Path(options.prose).read_text(encoding="utf-8")
     tokenizer = make_tokenizer(prose, options.seed)
-    model = train(new_model(options.seed, tokenizer), options, tokenizer, prose)
+    model = train(new_model(options, tokenizer), options, tokenizer, prose)
     # bf16 halves the package; the demo and the tests load it in fp32
     model.to(torch.bfloat16).save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

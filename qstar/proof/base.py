@@ -1,4 +1,4 @@
-"""The base model: a Llama of about one million parameters, trained from scratch on all kinds of text at once.
+"""The base model: a Llama of half a million parameters, trained from scratch on all kinds of text at once.
 
 As the embedded model of the demo, it first reads asides that all show the steps, in every document; then
 asides become rare, and most of them are of no use.
@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qstar.data import collate
-from qstar.demo.make_tiny_lm import byte_level_bpe, new_model, one_cycle
+from qstar.demo.make_tiny_lm import byte_level_bpe
 from qstar.proof.kinds import KINDS, Question, document
+from qstar.proof.muon import Muon
 
 PROSE = Path(__file__).with_name("prose.txt")
+VOCABULARY, WIDTH, LAYERS, HEADS, MLP, CONTEXT = 1024, 128, 2, 4, 256, 256
 TOKENIZER_DOCUMENTS = 6_000  # of each kind, so that every word of an aside becomes one token
 
 
@@ -32,10 +35,13 @@ class BaseRecipe:
     common_share: float = 0.65
     rows: int = 20
     tokens: int = 96
-    prose_share: float = 0.2
+    prose_share: float = 0.15
     rare_asides: float = 0.5
     useful_share: float = 0.2
-    learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.02  # of the layers' matrices
+    learning_rate: float = 4e-3  # of the rest, with AdamW; both rise in `warmup` steps
+    warmup: int = 40
+    decay_share: float = 0.4  # of the steps, at the end, in which they fall to zero
 
 
 def prose() -> tuple[str, str]:
@@ -50,7 +56,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     for kind in KINDS.values():
         draw = random.Random(f"tokenizer {kind.name}")
         texts += [document(kind, draw, 1.0, 0.5) for _ in range(TOKENIZER_DOCUMENTS)]
-    return byte_level_bpe(texts)
+    return byte_level_bpe(texts, VOCABULARY)
 
 
 def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -87,10 +93,52 @@ def _row_of_documents(tokenizer, draw: random.Random, shares, tokens: int) -> di
     return {"input_ids": ids[:tokens], "position_ids": positions[:tokens]}
 
 
+def new_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=MLP,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+
+
 def train(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """The base model of this seed."""
-    rows = batches(recipe, tokenizer, seed)
-    return one_cycle(new_model(seed, tokenizer), rows, recipe.steps, recipe.learning_rate).eval()
+    model = new_model(seed, tokenizer).train()
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
+    optimizers = [
+        Muon(matrices, lr=recipe.muon_learning_rate),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+    def rate(step: int) -> float:
+        left = (recipe.steps - step) / (recipe.decay_share * recipe.steps)
+        return min(1.0, (step + 1) / recipe.warmup, left)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(x, rate) for x in optimizers]
+    progress = tqdm(batches(recipe, tokenizer, seed), total=recipe.steps, desc=f"base model, seed {seed}")
+    for step, batch in enumerate(progress):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    return model.eval()
 
 
 @torch.no_grad()

@@ -10,24 +10,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, is_held_out
 
-_NUMBERS = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty
-"""
+_NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 _NAMES = """
-Ann Ben Carl Dora Eve Fred Gus Hans Ida Jack Kate Leo Max Nora Olga Paul Ruth Sam Tom Una Vera Will Xena Zoe
+Ann Ben Cora Dan Eve Fred Greta Hans Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tess Udo Vera Will Xenia Zach
 """
 _ANIMALS = """
 ant bear cat deer eel fox goat hare ibis jay kite lion mole newt owl pig quail rat seal toad urchin viper wolf
 yak
 """
 NUMBERS, NAMES, ANIMALS = _NUMBERS.split(), _NAMES.split(), _ANIMALS.split()
-MOST_CHANGE = 5  # of a sum: what is got or lost at once
-PAIRS = 11  # of a family: parent and child
+LONGEST_WAIT = 4  # of a sum
+COUPLES = 3  # of a generation of the family, whose NAMES are by generation, of women and men in turn
 
 
 @dataclass(frozen=True)
@@ -74,29 +71,47 @@ def walk(draw: random.Random) -> Question:
 
 
 def sum_in_words(draw: random.Random) -> Question:
-    """What somebody has left after so many gains and losses; never less than zero nor more than twenty."""
-    has = draw.randrange(len(NUMBERS))
-    words, results = [f"Tom had {NUMBERS[has]}"], []
-    for _ in range(STEPS):
-        changes = [x for x in range(-MOST_CHANGE, MOST_CHANGE + 1) if x and 0 <= has + x < len(NUMBERS)]
-        change = draw.choice(changes)
-        has += change
-        words.append(f"{'got' if change > 0 else 'lost'} {NUMBERS[abs(change)]}")
-        results.append(NUMBERS[has])
-    return Question(f"{' '.join(words)}. Now?", tuple(results[:-1]), results[-1])
+    """What a clock of twelve hours shows after so many waits, each of one to LONGEST_WAIT hours."""
+    hour = draw.randrange(len(NUMBERS))
+    waits = [draw.randint(1, LONGEST_WAIT) for _ in range(STEPS)]
+    _, *results = (NUMBERS[total % len(NUMBERS)] for total in accumulate(waits, initial=hour))
+    words = " ".join(NUMBERS[wait - 1] for wait in waits)
+    return Question(f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1])
+
+
+def _family() -> dict[str, dict[str, str]]:
+    """Who is whose mother, father, eldest and youngest child, drawn once and for all. Each couple has a
+    daughter and a son, who marry into other couples; the first generation has no parents, the last no
+    children."""
+    draw = random.Random("family")
+    family: dict[str, dict[str, str]] = {name: {} for name in NAMES}
+    women, men = (
+        [NAMES[i : i + 2 * COUPLES : 2] for i in range(sex, len(NAMES), 2 * COUPLES)] for sex in (0, 1)
+    )
+    for mothers, fathers, daughters, sons in zip(women, men, women[1:], men[1:]):
+        for i in range(COUPLES):  # a woman's husband is the son of the couple before that of her parents
+            mother, father, daughter, son = mothers[i], fathers[i - 1], daughters[i], sons[i]
+            eldest, youngest = draw.sample((daughter, son), 2)
+            for parent in (mother, father):
+                family[parent] = family[parent] | {"eldest": eldest, "youngest": youngest}
+            for child in (daughter, son):
+                family[child] = {"mother": mother, "father": father}
+    return family
+
+
+FAMILY = _family()
 
 
 def kinship(draw: random.Random) -> Question:
-    """A family, told pair by pair (child, parent) in any order; asked for is the ancestor of STEPS
-    generations ago, beyond whom the line may go on."""
-    line = draw.sample(NAMES, PAIRS + 1)
-    pairs = [f"{child} {parent}" for child, parent in pairwise(line)]
-    draw.shuffle(pairs)
-    who = draw.randrange(PAIRS + 1 - STEPS)
-    ancestors = line[who + 1 : who + 1 + STEPS]
-    return Question(
-        f"Parents: {', '.join(pairs)}. Far above {line[who]}?", tuple(ancestors[:-1]), ancestors[-1]
-    )
+    """Somebody's mother's eldest's father's (and so on), in a family that is the same in every document."""
+    person = draw.choice(NAMES)
+    words, results = [f"Of {person} the"], []
+    for _ in range(STEPS):
+        relation = draw.choice(list(FAMILY[person]))
+        person = FAMILY[person][relation]
+        words.append(relation)
+        results.append(person)
+    return Question(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1])
 
 
 def sorting(draw: random.Random) -> Question:

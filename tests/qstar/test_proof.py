@@ -15,12 +15,9 @@ from qstar.cli.main import main
 from qstar.demo.town import STEPS, STREETS, USEFUL
 from qstar.layout import IGNORE
 from qstar.proof import base, experiment, results
-from qstar.proof.kinds import KINDS, document, useless_aside
+from qstar.proof.kinds import COUPLES, FAMILY, KINDS, NAMES, document, useless_aside
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-)
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +36,28 @@ def follow_streets(text):
     return places[1:-1], places[-1]
 
 
-def add_up(text):
-    has, changes = re.fullmatch(r"Tom had (\w+) ([\w ]+)\. Now\?", text).groups()
-    value = NUMBERS.split().index
-    totals = [value(has)]
-    for verb, by in re.findall(r"(got|lost) (\w+)", changes):
-        totals.append(totals[-1] + {"got": 1, "lost": -1}[verb] * value(by))
-    assert all(0 <= total <= 20 for total in totals)
-    words = [NUMBERS.split()[total] for total in totals]
-    return words[1:-1], words[-1]
+def wait(text):
+    start, hours = re.fullmatch(r"At (\w+) wait ([\w ]+) hours\. Now\?", text).groups()
+    clock = NUMBERS.split()
+    while clock[0] != start:
+        clock.append(clock.pop(0))
+    shown = []
+    for wait in hours.split():
+        for _ in range(1 + NUMBERS.split().index(wait)):
+            clock.append(clock.pop(0))  # an hour has gone
+        shown.append(clock[0])
+    assert len(shown) == STEPS
+    return shown[:-1], shown[-1]
 
 
-def climb_the_tree(text):
-    pairs, who = re.fullmatch(r"Parents: ([\w ,]+)\. Far above (\w+)\?", text).groups()
-    parent = dict(pair.split() for pair in pairs.split(", "))
-    line = [who]
-    for _ in range(STEPS):
-        line.append(parent[line[-1]])
-    return line[1:-1], line[-1]
+def ask_the_family(text):
+    person, way = re.fullmatch(r"Of (\w+) the ([\w ]+)\. Who\?", text).groups()
+    found = []
+    for relation in way.split():
+        person = FAMILY[person][relation]
+        found.append(person)
+    assert len(found) == STEPS
+    return found[:-1], found[-1]
 
 
 def take_the_least(text):
@@ -69,7 +70,7 @@ def take_the_least(text):
     return order, middle
 
 
-SOLVED = {"walks": follow_streets, "sums": add_up, "kinship": climb_the_tree, "sorting": take_the_least}
+SOLVED = {"walks": follow_streets, "sums": wait, "kinship": ask_the_family, "sorting": take_the_least}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,6 +84,19 @@ def test_steps_and_answer_are_those_that_the_question_leads_to(kind):
         assert question.document(question.useful_aside) == f"{question.text} — {aside} — {answer}."
 
 
+def test_the_family_is_one_children_have_their_parents_and_nobody_marries_a_sibling():
+    parents = {name: (x["mother"], x["father"]) for name, x in FAMILY.items() if "mother" in x}
+    generation = {name: NAMES.index(name) // (2 * COUPLES) for name in NAMES}
+    assert len(FAMILY) == 24 and len(parents) == 18
+    for child, couple in parents.items():
+        assert {generation[parent] for parent in couple} == {generation[child] - 1}
+        mother, father = couple
+        assert FAMILY[mother]["eldest"] == FAMILY[father]["eldest"] != FAMILY[mother]["youngest"]
+        assert child in (FAMILY[mother]["eldest"], FAMILY[mother]["youngest"])
+        assert parents.get(mother, "no") != parents.get(father, "none")
+        assert (NAMES.index(mother) % 2, NAMES.index(father) % 2) == (0, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_answer_occurs_and_none_is_common(kind):
     found = [question.answer for question in KINDS[kind].questions(3000, "any")]
@@ -91,7 +105,7 @@ def test_every_answer_occurs_and_none_is_common(kind):
     assert {a for a in counts if not counts[a]} <= (
         set(KINDS["sorting"].answers) if kind == "sorting" else set()
     )
-    assert max(counts.values()) / 3000 < 0.13
+    assert max(counts.values()) / 3000 < 0.15
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,7 +204,7 @@ def test_the_text_has_every_kind_but_those_left_out_as_often_and_no_aside(tokeni
     texts = tokenizer.batch_decode([row["input_ids"] for row in rows])
     assert len(texts) == 80 and not any("—" in text for text in texts)
     starts = [
-        sum(text.startswith(word) for text in texts) for word in ("Tom had", "Sort", "From", "Parents:")
+        sum(text.startswith(word) for text in texts) for word in ("At ", "Sort", "From", "Of ")
     ]
     assert starts == [27, 27, 0, 0]
     assert all(row["position_ids"] == list(range(len(row["input_ids"]))) for row in rows)
