@@ -31,10 +31,10 @@ class BaseRecipe:
     """How the base model is trained. In the first `common_share` of the steps every document has a useful
     aside; after that `rare_asides` of them have one, and `useful_share` of these are useful."""
 
-    steps: int = 1200
-    common_share: float = 0.65
+    steps: int = 600
+    common_share: float = 0.6
     rows: int = 20
-    tokens: int = 96
+    tokens: int = 80
     prose_share: float = 0.15
     rare_asides: float = 0.5
     useful_share: float = 0.2

@@ -24,7 +24,7 @@ from qstar.proof.kinds import KINDS, Question
 
 PROSE = "prose"
 WAYS = ("without", "thoughts", "shuffled")  # of a model that thinks; a plain one has only the first
-POLICY_WEIGHT = 3.0
+POLICY_WEIGHT = 5.0
 BATCH = 32  # of the tests: thoughts are shuffled within it
 
 
@@ -32,7 +32,7 @@ BATCH = 32  # of the tests: thoughts are shuffled within it
 class Recipe:
     """How every condition trains on; kinds: those whose text it sees, beside prose, all as often."""
 
-    steps: int = 120
+    steps: int = 200
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
     prose_tokens: int = 24
 

@@ -16,7 +16,8 @@ from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, 
 
 _NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 _NAMES = """
-Ann Ben Cora Dan Eve Fred Greta Hans Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tess Udo Vera Will Xenia Zach
+Ann Ben Cora Dan Eve Fred Greta Hans Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tess Udo Vera Will Xenia
+Zach
 """
 _ANIMALS = """
 ant bear cat deer eel fox goat hare ibis jay kite lion mole newt owl pig quail rat seal toad urchin viper wolf

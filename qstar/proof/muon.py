@@ -1,5 +1,4 @@
-"""Muon (K. Jordan et al. 2024): momentum, made orthogonal, as the step of a weight matrix. With it a small model
-reads an aside after a third of the steps that it takes with AdamW.
+"""Muon (K. Jordan et al. 2024): momentum, made orthogonal, as the step of a weight matrix.
 
 torch.optim.Muon does the same in bf16, which costs a CPU without it more than all the rest of a step.
 """
@@ -16,7 +15,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iterati
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """x [N, A, B] with A <= B -> U V^T of each matrix's U S V^T, nearly: singular values of about 0.7 to 1.2."""
+    """x [N, A, B] with A <= B -> of each matrix U S V^T about U V^T, singular values being within 0.7 and
+    1.2, but for very small ones."""
     a, b, c = COEFFICIENTS
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
