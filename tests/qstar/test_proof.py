@@ -174,7 +174,7 @@ def test_a_document_of_a_packed_row_sees_no_other_and_its_first_token_is_no_targ
     (batch,) = base.batches(base.BaseRecipe(steps=1, common_share=0), tokenizer, seed=0)
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORE).all()
     model = base.new_model(0, tokenizer).eval()
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[-1]
+    logits = model(**batch, use_cache=False).logits[-1]
     begins = (batch["position_ids"][-1] == 0).nonzero()[:, 0].tolist()
     assert len(begins) > 1
     for first, last in zip(begins, [*begins[1:], None]):
