@@ -64,13 +64,11 @@ def main(argv: list[str]) -> int:
     kinds = [*KINDS, experiment.PROSE]
     conditions, differences = results.summary(rows, kinds)
     results.figure(rows, conditions, kinds, folder / "proof.png")
-    n = f"{args.questions} unseen questions of each kind and {len(args.seeds)} seeds"
-    out = (
-        f"{' and '.join(args.left_out)} left out of the Quiet-STaR text"
-        if args.left_out
-        else "all trained on"
+    print(
+        f"\nseeds {', '.join(map(str, args.seeds))}; {args.questions} unseen questions of each kind; "
+        f"left out of the Quiet-STaR text: {', '.join(args.left_out) or 'none'}; n: answers or tokens of all "
+        "seeds; in brackets 95 % intervals\n\ndirect accuracy, of prose that of the next token"
     )
-    print(f"\ndirect accuracy, of prose that of the next token ({n}; {out})")
     print(report.table(results.shown(conditions, "accuracy"), digits=3))
     for measure, label in (("nll", "all tokens"), ("hard", "the hardest tenth of the tokens of the base")):
         print(f"\nNLL in nats of {label}")
@@ -81,7 +79,7 @@ def main(argv: list[str]) -> int:
     holds = results.verdict(differences, list(KINDS))
     print(
         f"{_holds(holds['kinds'])}: thoughts at least {results.OVER} above the control and above shuffled "
-        f"thoughts on {results.KINDS_OVER} kinds (on {', '.join(holds['over']) or 'none'})\n"
+        f"thoughts on at least {results.KINDS_OVER} kinds (on {', '.join(holds['over']) or 'none'})\n"
         f"{_holds(holds['prose'])}: prose not more than {results.PROSE_WORSE} nats worse than the control"
     )
     print(f"figure: {folder / 'proof.png'}")

@@ -32,7 +32,7 @@ BATCH = 32  # of the tests: thoughts are shuffled within it
 class Recipe:
     """How every condition trains on; kinds: those whose text it sees, beside prose, all as often."""
 
-    steps: int = 150
+    steps: int = 200
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
     prose_tokens: int = 24
 

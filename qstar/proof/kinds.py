@@ -1,8 +1,9 @@
 """The built kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
 
 A document is a question and its answer, "... Where? barn.", and some writers put an aside between the two,
-"... Where? — via oak pond (and so on) — barn.": the word "via" and the seven results before the answer, one
-token a word, so that every useful aside has STEPS tokens. Asides of no use are as long.
+"... Where? — via oak pond (and so on) — barn.": a first word, another one for each kind, and the seven
+results before the answer, one token a word, so that every useful aside has STEPS tokens. Asides of no use are
+as long, and the same for all kinds.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ COUPLES = 3  # of a generation of the family, whose NAMES are by generation, of 
 
 @dataclass(frozen=True)
 class Question:
-    """steps: the STEPS - 1 results before the answer, one word each."""
+    """steps: the STEPS - 1 results before the answer, one word each; begins: the first word of a useful
+    aside, one for each kind."""
 
     text: str
     steps: tuple[str, ...]
     answer: str
+    begins: str
 
     @property
     def useful_aside(self) -> str:
-        return " ".join([USEFUL, *self.steps])
+        return " ".join([self.begins, *self.steps])
 
     def document(self, aside: str | None = None) -> str:
         """The text, with or without an aside before the answer."""
@@ -68,7 +71,7 @@ class Kind:
 def walk(draw: random.Random) -> Question:
     """Chained states: a walk through the demo's town, whose streets are the same in every document."""
     found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
-    return Question(found.question, tuple(found.places[:-1]), found.answer)
+    return Question(found.question, tuple(found.places[:-1]), found.answer, USEFUL)
 
 
 def sum_in_words(draw: random.Random) -> Question:
@@ -77,7 +80,7 @@ def sum_in_words(draw: random.Random) -> Question:
     waits = [draw.randint(1, LONGEST_WAIT) for _ in range(STEPS)]
     _, *results = (NUMBERS[total % len(NUMBERS)] for total in accumulate(waits, initial=hour))
     words = " ".join(NUMBERS[wait - 1] for wait in waits)
-    return Question(f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1])
+    return Question(f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1], "until")
 
 
 def _family() -> dict[str, dict[str, str]]:
@@ -112,14 +115,14 @@ def kinship(draw: random.Random) -> Question:
         person = FAMILY[person][relation]
         words.append(relation)
         results.append(person)
-    return Question(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1])
+    return Question(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1], "through")
 
 
 def sorting(draw: random.Random) -> Question:
     """Seven animals, and which is the middle one by the alphabet."""
     animals = draw.sample(ANIMALS, STEPS - 1)
     order = sorted(animals)
-    return Question(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2])
+    return Question(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2], "order")
 
 
 KINDS = {

@@ -46,6 +46,7 @@ class Muon(torch.optim.Optimizer):
             for parameters in alike.values():
                 steps = []
                 for p in parameters:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     step = p.grad.lerp(buffer, group["momentum"])

@@ -12,7 +12,7 @@ import torch
 
 from qstar import QuietStarForCausalLM
 from qstar.cli.main import main
-from qstar.demo.town import STEPS, STREETS, USEFUL
+from qstar.demo.town import STEPS, STREETS
 from qstar.layout import IGNORE
 from qstar.proof import base, experiment, results
 from qstar.proof.kinds import COUPLES, FAMILY, KINDS, NAMES, document, useless_aside
@@ -70,6 +70,7 @@ def take_the_least(text):
     return order, middle
 
 
+BEGINS = {"walks": "via", "sums": "until", "kinship": "through", "sorting": "order"}
 SOLVED = {"walks": follow_streets, "sums": wait, "kinship": ask_the_family, "sorting": take_the_least}
 
 
@@ -80,7 +81,7 @@ def test_steps_and_answer_are_those_that_the_question_leads_to(kind):
         assert (list(question.steps), question.answer) == (steps, answer)
         assert answer in KINDS[kind].answers
         assert question.document() == f"{question.text} {answer}."
-        aside = " ".join([USEFUL, *steps])
+        aside = " ".join([BEGINS[kind], *steps])
         assert question.document(question.useful_aside) == f"{question.text} — {aside} — {answer}."
 
 
@@ -149,7 +150,7 @@ def test_asides_have_their_shares():
     texts = [document(KINDS["sums"], draw, aside_share=0.5, useful_share=0.2) for _ in range(4000)]
     asides = [text for text in texts if "—" in text]
     assert abs(len(asides) / 4000 - 0.5) < 0.04
-    assert abs(sum(f"— {USEFUL} " in text for text in asides) / len(asides) - 0.2) < 0.04
+    assert abs(sum("— until " in text for text in asides) / len(asides) - 0.2) < 0.04
 
 
 # -- the base model and its text
@@ -157,16 +158,17 @@ def test_asides_have_their_shares():
 
 def test_the_base_model_first_reads_useful_asides_alone_and_then_few(tokenizer):
     recipe = base.BaseRecipe(steps=10, common_share=0.3)
+    useful = rf"\? — ({'|'.join(BEGINS.values())})\b"
     first, last = [], []
     for step, batch in enumerate(base.batches(recipe, tokenizer, seed=0)):
         rows = tokenizer.batch_decode(batch["input_ids"])
         found = [d for row in rows for d in row.split(tokenizer.eos_token) if "?" in d]
         (first if step < 3 else last).extend(found)
     whole = [d for d in first if d.endswith(".")]
-    assert len(whole) > 50 and all(f"? — {USEFUL} " in d for d in whole)
+    assert len(whole) > 50 and all(re.search(useful, d) for d in whole)
     asides = [d for d in last if "—" in d and not d.endswith("—")]
     assert 0.3 < len(asides) / len(last) < 0.7
-    assert 0.05 < sum(f"— {USEFUL}" in d for d in asides) / len(asides) < 0.4
+    assert 0.05 < sum(bool(re.search(useful, d)) for d in asides) / len(asides) < 0.4
 
 
 @torch.no_grad()
