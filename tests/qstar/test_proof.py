@@ -16,6 +16,7 @@ from qstar.demo.town import STEPS, STREETS
 from qstar.layout import IGNORE
 from qstar.proof import base, experiment, results
 from qstar.proof.kinds import COUPLES, FAMILY, KINDS, NAMES, document, useless_aside
+from qstar.proof.muon import Muon, orthogonal
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 
@@ -184,6 +185,28 @@ def test_a_document_of_a_packed_row_sees_no_other_and_its_first_token_is_no_targ
         torch.testing.assert_close(logits[first:last], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_muon_steps_are_orthogonal_and_those_of_torch_but_for_its_bf16():
+    x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    in_its_frame = u.mT @ orthogonal(x) @ v.mT
+    scale = in_its_frame.diagonal(dim1=1, dim2=2)
+    assert scale.min() > 0.65 and scale.max() < 1.25
+    torch.testing.assert_close(in_its_frame, torch.diag_embed(scale), rtol=0, atol=1e-4)
+
+    begun = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in begun] for _ in range(2))
+    mine = Muon(ours, lr=0.1, weight_decay=0.05)
+    stock = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05, momentum=0.95)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(a)
+            a.grad = b.grad.clone()
+        mine.step()
+        stock.step()
+    for x, a, b in zip(begun, ours, theirs):
+        assert (a - b).norm() < 0.02 * (a - x).norm()
+
+
 @torch.no_grad()
 def test_told_accuracy_counts_the_answers_after_a_written_out_aside(tokenizer):
     model = base.new_model(0, tokenizer).eval()
@@ -239,7 +262,17 @@ def test_answers_are_those_that_the_model_generates_and_w_0_is_the_base_model_al
 
 
 @torch.no_grad()
-def test_every_token_of_a_text_is_scored_once_and_without_thoughts_as_the_base_model_does(thinker, tokenizer):
+def test_every_token_of_a_text_is_scored_once_and_without_thoughts_as_the_base_model_does(
+    thinker, tokenizer, monkeypatch
+):
+    def drawn(
+        self, text, layout, config, generator
+    ):  # a model that has learned nothing thinks always the same
+        return torch.randint(
+            300, 1000, (*layout.positions.shape, 1, config.thought_length), generator=generator
+        )
+
+    monkeypatch.setattr(QuietStarForCausalLM, "sample_thoughts", drawn)
     for kind, texts in (("kinship", 3), ("prose", 3)):
         unseen = experiment.Unseen.make(kind, tokenizer, questions=3, texts=texts)
         found = experiment.text_scores(thinker, unseen, experiment.WAYS, seed=0)
