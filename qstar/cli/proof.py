@@ -82,7 +82,11 @@ def main(argv: list[str]) -> int:
         f"thoughts on at least {results.KINDS_OVER} kinds (on {', '.join(holds['over']) or 'none'})\n"
         f"{_holds(holds['prose'])}: prose not more than {results.PROSE_WORSE} nats worse than the control"
     )
-    print(f"figure: {folder / 'proof.png'}")
+    prompt = bench.tests[next(iter(KINDS))].questions[0].text
+    print(
+        f"figure: {folder / 'proof.png'}; a model that thinks: try\n  qstar generate --model "
+        f"{folder}/thinks-{args.seeds[0]} --prompt {prompt!r} --max_new_tokens 2 --show_thoughts"
+    )
     report.last_line(
         {
             "conditions": conditions,
