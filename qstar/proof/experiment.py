@@ -30,10 +30,12 @@ BATCH = 32  # of the tests: thoughts are shuffled within it
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every condition trains on; kinds: those whose text it sees, beside prose, all as often."""
+    """How every condition trains on; kinds: those whose text it sees, all as often; prose_rows: rows of prose
+    for one of each kind, of prose_tokens each."""
 
     steps: int = 200
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
+    prose_rows: int = 2
     prose_tokens: int = 24
 
 
@@ -46,9 +48,10 @@ def training_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int)
     """A document a row, of every kind in turn, none with an aside; and spans of prose."""
     draw = random.Random(f"train {seed}")
     words = tokenizer(prose()[0], verbose=False)["input_ids"]
+    turns = [*recipe.kinds, *[PROSE] * recipe.prose_rows]
     rows = []
     for i in range(recipe.steps * demo.BATCH):
-        name = (*recipe.kinds, PROSE)[i % (len(recipe.kinds) + 1)]
+        name = turns[i % len(turns)]
         if name == PROSE:
             first = draw.randrange(len(words) - recipe.prose_tokens)
             ids = words[first : first + recipe.prose_tokens]
