@@ -44,15 +44,24 @@ class BaseRecipe:
     decay_share: float = 0.4  # of the steps, at the end, in which they fall to zero
 
 
-def prose() -> tuple[str, str]:
-    """(to train on, held out): nine State of the Union addresses, and the one after them."""
-    *train, held_out = PROSE.read_text(encoding="utf-8").strip().split("\n")
-    return "\n".join(train), held_out
+@dataclass(frozen=True)
+class Prose:
+    """State of the Union addresses: what the base model reads; what Quiet-STaR and the control read, of which
+    the base knows nothing by heart; and what is tested."""
+
+    base: str
+    later: str
+    held_out: str
+
+
+def prose() -> Prose:
+    *base, held_out, first, second = PROSE.read_text(encoding="utf-8").strip().split("\n")
+    return Prose("\n".join(base), f"{first}\n{second}", held_out)
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
     """The same for every seed, so that a NLL a token means the same."""
-    texts = [prose()[0], "—"]
+    texts = [prose().base, "—"]
     for kind in KINDS.values():
         draw = random.Random(f"tokenizer {kind.name}")
         texts += [document(kind, draw, 1.0, 0.5) for _ in range(TOKENIZER_DOCUMENTS)]
@@ -63,7 +72,7 @@ def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -
     """input_ids, position_ids, labels [rows, tokens] int64: rows of prose, and rows of whole documents, none
     of which sees another."""
     draw = random.Random(f"base {seed}")
-    ids = tokenizer(prose()[0], verbose=False)["input_ids"]
+    ids = tokenizer(prose().base, verbose=False)["input_ids"]
     prose_rows = round(recipe.rows * recipe.prose_share)
     for step in range(recipe.steps):
         common = step < recipe.common_share * recipe.steps

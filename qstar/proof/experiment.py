@@ -30,12 +30,11 @@ BATCH = 32  # of the tests: thoughts are shuffled within it
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every condition trains on; kinds: those whose text it sees, all as often; prose_rows: rows of prose
-    for one of each kind, of prose_tokens each."""
+    """How every condition trains on; kinds: those whose text it sees, all as often, as is prose, in
+    spans of prose_tokens."""
 
-    steps: int = 200
+    steps: int = 160
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
-    prose_rows: int = 2
     prose_tokens: int = 24
 
 
@@ -47,8 +46,8 @@ def thinking() -> QuietStarConfig:
 def training_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
     """A document a row, of every kind in turn, none with an aside; and spans of prose."""
     draw = random.Random(f"train {seed}")
-    words = tokenizer(prose()[0], verbose=False)["input_ids"]
-    turns = [*recipe.kinds, *[PROSE] * recipe.prose_rows]
+    words = tokenizer(prose().later, verbose=False)["input_ids"]
+    turns = [*recipe.kinds, PROSE]
     rows = []
     for i in range(recipe.steps * demo.BATCH):
         name = turns[i % len(turns)]
@@ -61,11 +60,9 @@ def training_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int)
     return rows
 
 
-def thinker(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig | None = None
-) -> QuietStarForCausalLM:
+def thinker(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
     """The base model as one that has not learned to think yet: w = 0."""
-    return QuietStarForCausalLM.from_base(base, config or thinking(), tokenizer=tokenizer).eval()
+    return QuietStarForCausalLM.from_base(base, thinking(), tokenizer=tokenizer).eval()
 
 
 def train(
@@ -92,7 +89,7 @@ class Unseen:
         """The same for every seed: so many questions, and as texts the documents of the first of them, or
         spans of 64 tokens of prose. Raises ValueError for more spans than the prose has."""
         if kind == PROSE:
-            found = spans([prose()[1]], tokenizer, 64)
+            found = spans([prose().held_out], tokenizer, 64)
             if not 1 <= texts <= len(found):
                 raise ValueError(f"texts = {texts}: must be in [1, {len(found)}]")
             return cls(kind, found[:texts], [], [])

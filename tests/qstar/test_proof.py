@@ -12,6 +12,8 @@ import torch
 
 from qstar import QuietStarForCausalLM
 from qstar.cli.main import main
+from qstar.data import collate
+from qstar.demo import experiment as demo
 from qstar.demo.town import STEPS, STREETS
 from qstar.layout import IGNORE
 from qstar.proof import base, experiment, results
@@ -124,11 +126,14 @@ def test_no_training_text_holds_a_test_question(kind, tokenizer):
     assert not held_out & {re.split(r"(?<=\?) ", text)[0] for text in rows}
 
 
-def test_the_held_out_prose_is_none_that_is_trained_on():
-    train, held_out = base.prose()
-    assert len(held_out) > 30_000 and len(train) > 150_000
-    sentences = [x for x in re.split(r"(?<=\.) ", held_out) if len(x) > 60]
-    assert not any(sentence in train for sentence in sentences)
+def test_no_prose_that_is_tested_or_read_later_is_in_what_the_base_model_reads():
+    prose = base.prose()
+    assert len(prose.base) > 150_000 and min(len(prose.later), len(prose.held_out)) > 30_000
+    parts = (prose.base, prose.later, prose.held_out)
+    for part in parts:
+        sentences = [x for x in re.split(r"(?<=\.) ", part) if len(x) > 60]
+        others = [x for x in parts if x is not part]
+        assert len(sentences) > 50 and not any(x in other for x in sentences for other in others)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,13 +234,31 @@ def test_the_text_has_every_kind_but_those_left_out_as_often_and_no_aside(tokeni
     texts = tokenizer.batch_decode([row["input_ids"] for row in rows])
     assert len(texts) == 80 and not any("—" in text for text in texts)
     starts = [sum(text.startswith(word) for text in texts) for word in ("At ", "Sort", "From", "Of ")]
-    assert starts == [20, 20, 0, 0]
+    assert starts == [27, 27, 0, 0]
     assert all(row["position_ids"] == list(range(len(row["input_ids"]))) for row in rows)
     assert (
         rows
         == experiment.training_rows(recipe, tokenizer, 3)
         != experiment.training_rows(recipe, tokenizer, 4)
     )
+
+
+def test_the_control_sees_the_same_rows_in_the_same_order(tokenizer, monkeypatch):
+    seen = []
+
+    def recorded(rows):
+        seen[-1] += [row["input_ids"] for row in rows]
+        return collate(rows)
+
+    monkeypatch.setattr(demo, "collate", recorded)
+    for thinks in (False, True):
+        seen.append([])
+        model = base.new_model(0, tokenizer)
+        trained = experiment.train(model, experiment.Recipe(steps=2), tokenizer, seed=5, thinks=thinks)
+        assert isinstance(trained, QuietStarForCausalLM) == thinks
+    rows = experiment.training_rows(experiment.Recipe(steps=2), tokenizer, seed=5)
+    assert seen[0] == seen[1] != [row["input_ids"] for row in rows]
+    assert sorted(seen[0]) == sorted(row["input_ids"] for row in rows)
 
 
 @pytest.fixture(scope="module")
