@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def prose() -> Prose:
     return Prose("\n".join(base), f"{first}\n{second}", held_out)
 
 
+@cache
 def make_tokenizer() -> PreTrainedTokenizerBase:
     """The same for every seed, so that a NLL a token means the same."""
     texts = [prose().base, "—"]
