@@ -14,7 +14,7 @@ from qstar import QuietStarForCausalLM
 from qstar.cli.main import main
 from qstar.data import collate
 from qstar.demo import experiment as demo
-from qstar.demo.town import STEPS, STREETS
+from qstar.demo.town import STEPS, STREETS, is_held_out
 from qstar.layout import IGNORE
 from qstar.proof import base, experiment, results
 from qstar.proof.kinds import COUPLES, FAMILY, KINDS, NAMES, document, useless_aside
@@ -119,11 +119,15 @@ def test_no_training_text_holds_a_test_question(kind, tokenizer):
     made = [document(KINDS[kind], draw, 0.5, 0.5) for _ in range(3000)]
     begun = {re.split(r"(?<=\?) ", text)[0] for text in made}
     assert len(begun) > 2900 and not held_out & begun
+    # of so many questions few would meet by chance
+    assert all(map(is_held_out, held_out)) and not any(map(is_held_out, begun))
     recipe = experiment.Recipe(steps=40)
     rows = tokenizer.batch_decode(
         [row["input_ids"] for row in experiment.training_rows(recipe, tokenizer, 0)]
     )
-    assert not held_out & {re.split(r"(?<=\?) ", text)[0] for text in rows}
+    documents = [text for text in rows if text.endswith(tokenizer.eos_token)]  # no spans of prose
+    assert len(documents) > 400
+    assert not any(is_held_out(re.split(r"(?<=\?) ", text)[0]) for text in documents)
 
 
 def test_no_prose_that_is_tested_or_read_later_is_in_what_the_base_model_reads():
