@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo proof-real test lint compat bench models look gpu clean
+.PHONY: setup demo proof proof-real test lint compat bench models look gpu clean
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,8 +19,12 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/qstar demo
 
-# a built two-hop task on real facts: make proof-real MODEL=FOLDER, where SmolLM2-135M lies
+# does a small model, made from scratch, learn to think on several kinds of text? make proof SEEDS='1 2 3 4 5'
 SEEDS ?= 0
+proof: $(READY)
+	$(BIN)/qstar proof --seeds $(SEEDS)
+
+# a built two-hop task on real facts: make proof-real MODEL=FOLDER, where SmolLM2-135M lies
 proof-real: $(READY)
 	$(BIN)/qstar proof-real --model '$(MODEL)' --seeds $(SEEDS)
 

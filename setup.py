@@ -28,6 +28,7 @@ setup(
     package_dir={"qstar_kernels": "kernels/qstar_kernels", "qstar_bench": "bench/qstar_bench"},
     package_data={
         "qstar.demo": ["tiny_lm/*"],
+        "qstar.proof": ["prose.txt"],
         "qstar.look": ["page.css", "page.html", "page.js"],
         "qstar_kernels": ["cpu_forward.c"],
     },

@@ -14,6 +14,7 @@ COMMANDS = {
     "calibrate": ("qstar.cli.calibrate", "find where thinking pays, for generate --think adaptive"),
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
     "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
+    "proof": ("qstar.cli.proof", "does a small model learn to think? from scratch, on several kinds of text"),
     "proof-real": (
         "qstar.cli.proof_real",
         "does a real model think? a built task on facts, in every condition",

@@ -114,6 +114,13 @@ def fit(
     model: PreTrainedModel, task: Task, seed: int, callbacks: list[TrainerCallback] | None = None
 ) -> PreTrainedModel:
     """The same model, after one pass over the task's rows."""
+    return fit_rows(model, task.rows, seed, callbacks)
+
+
+def fit_rows(
+    model: PreTrainedModel, rows: list[dict], seed: int, callbacks: list[TrainerCallback] | None = None
+) -> PreTrainedModel:
+    """The same model, after one pass over the rows, BATCH at a time."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -131,7 +138,7 @@ def fit(
         common: dict[str, Any] = {
             "model": model,
             "args": arguments,
-            "train_dataset": task.rows,
+            "train_dataset": rows,
             "data_collator": collate,
             "callbacks": callbacks,
         }

@@ -49,16 +49,21 @@ def make_tokenizer(prose: str, seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on the prose and on as many walks with asides of both kinds."""
     draw = random.Random(f"tokenizer {seed}")
     walks = [document(draw, 1.0, 0.5) for _ in range(20_000)]
+    return byte_level_bpe([prose, *walks, "—"], VOCABULARY)
+
+
+def byte_level_bpe(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of so many tokens, trained on the texts; the first one is END_OF_TEXT."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([prose, *walks, "—"], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=CONTEXT
     )

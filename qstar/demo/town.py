@@ -99,13 +99,17 @@ class Walk:
         return f"{self.question}{f' — {aside} —' if aside else ''} {self.answer}."
 
 
+def is_held_out(question: str) -> bool:
+    """Whether no training text may contain this question."""
+    # random.Random hashes a string the same way everywhere, unlike hash()
+    return random.Random(question).randrange(_HELD_OUT_SHARE) == 0
+
+
 def walk(draw: random.Random, held_out: bool = False) -> Walk:
     """A random walk of the training set, or one that no training text contains."""
     while True:
         found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
-        # random.Random hashes a string the same way everywhere, unlike hash()
-        is_held_out = random.Random(found.question).randrange(_HELD_OUT_SHARE) == 0
-        if is_held_out == held_out:
+        if is_held_out(found.question) == held_out:
             return found
 
 

@@ -3,7 +3,6 @@ what it says in sum."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +20,14 @@ def thoughts(k: int, test: str = "") -> str:
     return f"thoughts, k = {k}" + (f", {test}" if test else "")
 
 
-class Results:
+class Results(jsonl.Kept):
     """Lines of {seed, split, condition, seconds, facts, correct, nll, said}: of every test fact (its number
-    in `facts()`), whether the likeliest letter was right, the NLL of the right one, and the thought.
-
-    The file's first line has the settings: raises ValueError for a file of a run with others.
-    """
+    in `facts()`), whether the likeliest letter was right, the NLL of the right one, and the thought."""
 
     def __init__(self, settings: dict[str, Any], output: Path):
-        self.rows: list[Row] = []
-        self._output = output
-        settings = json.loads(json.dumps(settings))
-        before = jsonl.resume(str(output), "those of a proof", self._take)
-        if before is None:
-            self._write({"settings": settings})
-        elif before != settings:
-            other = sorted(n for n in {*before, *settings} if before.get(n) != settings.get(n))
-            raise ValueError(f"output = {str(output)!r}: is of a run with other {', '.join(other)}")
-
-    def _take(self, lines: list[Row]) -> dict[str, Any] | None:
-        self.rows = [
-            {name: line[name] for name in ("seed", "split", "condition", "facts", "correct")} | line
-            for line in lines[1:]
-        ]
-        return lines[0]["settings"] if lines else None
-
-    def _write(self, line: Row) -> None:
-        with self._output.open("a", encoding="utf-8") as file:
-            print(json.dumps(line, ensure_ascii=False), file=file)
-
-    def has(self, seed: int, split: int, condition: str) -> bool:
-        return any((r["seed"], r["split"], r["condition"]) == (seed, split, condition) for r in self.rows)
-
-    def add(self, row: Row) -> None:
-        """A line that a run before has written already is not written again."""
-        if not self.has(row["seed"], row["split"], row["condition"]):
-            self.rows.append(row)
-            self._write(row)
+        super().__init__(
+            settings, output, "those of a proof", ("seed", "split", "condition"), ("facts", "correct")
+        )
 
 
 def accuracy(rows: list[Row]) -> dict[str, dict[tuple[int, int], float]]:

@@ -1,0 +1,150 @@
+"""The built kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
+
+A document is a question and its answer, "... Where? barn.", and some writers put an aside between the two,
+"... Where? — via oak pond (and so on) — barn.": a first word, another one for each kind, and the seven
+results before the answer, one token a word, so that every useful aside has STEPS tokens. Asides of no use are
+as long, and the same for all kinds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, is_held_out
+
+_NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
+_NAMES = """
+Ann Ben Cora Dan Eve Fred Greta Hans Ida Jack Kate Leo Mary Nick Olga Paul Rosa Sam Tess Udo Vera Will Xenia
+Zach
+"""
+_ANIMALS = """
+ant bear cat deer eel fox goat hare ibis jay kite lion mole newt owl pig quail rat seal toad urchin viper wolf
+yak
+"""
+NUMBERS, NAMES, ANIMALS = _NUMBERS.split(), _NAMES.split(), _ANIMALS.split()
+LONGEST_WAIT = 4  # of a sum
+COUPLES = 3  # of a generation of the family, whose NAMES are by generation, of women and men in turn
+
+
+@dataclass(frozen=True)
+class Question:
+    """steps: the STEPS - 1 results before the answer, one word each; begins: the first word of a useful
+    aside, one for each kind."""
+
+    text: str
+    steps: tuple[str, ...]
+    answer: str
+    begins: str
+
+    @property
+    def useful_aside(self) -> str:
+        return " ".join([self.begins, *self.steps])
+
+    def document(self, aside: str | None = None) -> str:
+        """The text, with or without an aside before the answer."""
+        return f"{self.text}{f' — {aside} —' if aside else ''} {self.answer}."
+
+
+@dataclass(frozen=True)
+class Kind:
+    """draw: a question at random; answers: every word that can be one."""
+
+    name: str
+    draw: Callable[[random.Random], Question]
+    answers: tuple[str, ...]
+
+    def question(self, draw: random.Random, held_out: bool = False) -> Question:
+        """One of the training set, or one of the tenth that no training text contains."""
+        while True:
+            found = self.draw(draw)
+            if is_held_out(found.text) == held_out:
+                return found
+
+    def questions(self, count: int, seed: str, held_out: bool = False) -> list[Question]:
+        draw = random.Random(f"{self.name} {seed}")
+        return [self.question(draw, held_out) for _ in range(count)]
+
+
+def walk(draw: random.Random) -> Question:
+    """Chained states: a walk through the demo's town, whose streets are the same in every document."""
+    found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
+    return Question(found.question, tuple(found.places[:-1]), found.answer, USEFUL)
+
+
+def sum_in_words(draw: random.Random) -> Question:
+    """What a clock of twelve hours shows after so many waits, each of one to LONGEST_WAIT hours."""
+    hour = draw.randrange(len(NUMBERS))
+    waits = [draw.randint(1, LONGEST_WAIT) for _ in range(STEPS)]
+    _, *results = (NUMBERS[total % len(NUMBERS)] for total in accumulate(waits, initial=hour))
+    words = " ".join(NUMBERS[wait - 1] for wait in waits)
+    return Question(f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1], "until")
+
+
+def _family() -> dict[str, dict[str, str]]:
+    """Who is whose mother, father, eldest and youngest child, drawn once and for all. Each couple has a
+    daughter and a son, who marry into other couples; the first generation has no parents, the last no
+    children."""
+    draw = random.Random("family")
+    family: dict[str, dict[str, str]] = {name: {} for name in NAMES}
+    women, men = (
+        [NAMES[i : i + 2 * COUPLES : 2] for i in range(sex, len(NAMES), 2 * COUPLES)] for sex in (0, 1)
+    )
+    for mothers, fathers, daughters, sons in zip(women, men, women[1:], men[1:]):
+        for i in range(COUPLES):  # a woman's husband is the son of the couple before that of her parents
+            mother, father, daughter, son = mothers[i], fathers[i - 1], daughters[i], sons[i]
+            eldest, youngest = draw.sample((daughter, son), 2)
+            for parent in (mother, father):
+                family[parent] = family[parent] | {"eldest": eldest, "youngest": youngest}
+            for child in (daughter, son):
+                family[child] = {"mother": mother, "father": father}
+    return family
+
+
+FAMILY = _family()
+
+
+def kinship(draw: random.Random) -> Question:
+    """Somebody's mother's eldest's father's (and so on), in a family that is the same in every document."""
+    person = draw.choice(NAMES)
+    words, results = [f"Of {person} the"], []
+    for _ in range(STEPS):
+        relation = draw.choice(list(FAMILY[person]))
+        person = FAMILY[person][relation]
+        words.append(relation)
+        results.append(person)
+    return Question(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1], "through")
+
+
+def sorting(draw: random.Random) -> Question:
+    """Seven animals, and which is the middle one by the alphabet."""
+    animals = draw.sample(ANIMALS, STEPS - 1)
+    order = sorted(animals)
+    return Question(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2], "order")
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("walks", walk, tuple(PLACES)),
+        Kind("sums", sum_in_words, tuple(NUMBERS)),
+        Kind("kinship", kinship, tuple(NAMES)),
+        Kind("sorting", sorting, tuple(ANIMALS)),
+    )
+}
+
+
+def useless_aside(draw: random.Random) -> str:
+    template, *words = draw.choice(UNRELATED).split("|")
+    return template.format(*(draw.choice(w.split()) for w in words))
+
+
+def document(kind: Kind, draw: random.Random, aside_share: float, useful_share: float) -> str:
+    """A text of the training set; `aside_share` of them carry an aside, of which `useful_share` show the
+    steps."""
+    found = kind.question(draw)
+    if draw.random() >= aside_share:
+        return found.document()
+    return found.document(found.useful_aside if draw.random() < useful_share else useless_aside(draw))
