@@ -84,7 +84,7 @@ def fit(
     seed: int,
     callbacks: list[TrainerCallback] | None = None,
 ) -> QuietStarForCausalLM | PreTrainedModel:
-    """The model of the folder `path` after training on the rows (a batch of `collate`); config None is a plain
+    """The model of the folder `path` after training on rows, as `collate` takes them; config None is a plain
     language model."""
     set_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(path, dtype="float32")

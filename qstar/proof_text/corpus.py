@@ -1,8 +1,8 @@
 """Worked solutions in GSM8K's format, as text, as rows to train on and as spans to measure with.
 
 An answer of GSM8K writes every calculation twice: `sold 48/2 = <<48/2=24>>24 clips`. The annotation between
-the angle brackets is never part of the text. What comes before it stays (`calculations` "kept") or is taken out
-(`sold 24 clips`): then the number needs a step that the text does not show, and an aside can hold it.
+the angle brackets is never part of the text. What comes before it stays (`calculations` "kept") or is taken
+out (`sold 24 clips`): then the number needs a step that the text does not show, and an aside can hold it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Worked:
 
 
 def read(data: str, tokenizer: Any, calculations: str, longest: int) -> list[Worked]:
-    """The texts of a JSONL file with `question` and `answer` that have at most `longest` tokens, in its order.
+    """The texts of a JSONL file with `question` and `answer` that have at most `longest` tokens, in order.
 
     Raises ValueError for a file that cannot be read, a record without these two texts, and a tokenizer that
     does not say where its tokens lie.
@@ -90,8 +90,8 @@ def _encoded(text: str, marks: dict[int, str], tokenizer: Any) -> Worked:
 def text_rows(
     texts: Sequence[Worked], positions: int | None = None, seed: int = 0
 ) -> list[dict[str, list[int]]]:
-    """Rows to train on. positions: think before every result, and at so many other tokens of each text, drawn at
-    random; None leaves the choice to the config."""
+    """Rows to train on. positions: think before every result, and at so many other tokens of each text, drawn
+    at random; None leaves the choice to the config."""
     rows = []
     for number, text in enumerate(texts):
         n = len(text.input_ids)
@@ -105,7 +105,7 @@ def text_rows(
 
 
 def dash(tokenizer: Any) -> int:
-    """The token that asides, and so thoughts, begin and end with. Raises ValueError where no dash is one token."""
+    """The token that asides and thoughts begin and end with. ValueError where no dash is one token."""
     token, _ = boundary_token_id(tokenizer, "asides", SUBSTITUTES[0])
     if token is None:
         raise ValueError(f"model: none of {SUBSTITUTES} is one token of its tokenizer")
@@ -115,9 +115,10 @@ def dash(tokenizer: Any) -> int:
 def aside_rows(
     texts: Sequence[Worked], length: int, mark: int, share: float = 0.8, seed: int = 0
 ) -> Iterator[dict[str, list[int]]]:
-    """Rows in which a share of the calculations, drawn at random, stand in an aside before their result: the token
-    `mark`, the calculation filled up with marks to `length` tokens, a mark. That is the shape of a thought.
-    Longer ones have none. That an aside begins is no target: the text itself must not learn to begin one."""
+    """Rows in which a share of the calculations, drawn at random, stand in an aside before their result: the
+    token `mark`, the calculation filled up with marks to `length` tokens, a mark. That is the shape of a
+    thought. Longer ones have none. That an aside begins is no target: the text must not learn to begin one.
+    """
     for number, text in enumerate(texts):
         draw = random.Random(f"{seed} {number}")
         ids: list[int] = []

@@ -37,8 +37,8 @@ EVALUATION_BATCH = 8
 @dataclass(frozen=True)
 class Study:
     """asides: the phase in which the calculations stand in sight (0 steps: there is none); recipe: of what
-    follows it, with thoughts or without; positions: see `text_rows`, of the rows of both; folder: where the model after
-    the asides is kept."""
+    follows it, with thoughts or without; positions: of `text_rows`; folder: where the model after the asides
+    is kept."""
 
     model: str
     tokenizer: PreTrainedTokenizerBase
@@ -91,9 +91,14 @@ class Study:
         found.append(Contestant(THOUGHTS, trained(self.config), TESTS))
         return found
 
+    @property
+    def conditions(self) -> list[str]:
+        """In the order of the tables."""
+        return [name for x in self.contestants() for way, name in x.conditions.items() if way != SMOOTHED]
+
     def measure(self, asked: Sequence[tuple[Sequence[Span], Results]]) -> None:
-        """Add to the results of each list of spans what is missing there; a model of which nothing is missing is
-        not trained again."""
+        """Add to the results of each list of spans what is missing there; a model of which nothing is missing
+        is not trained again."""
         thinking = Thinking(0.0, pause_token(self.tokenizer))
         for contestant in self.contestants():
             conditions = contestant.conditions.values()
@@ -106,6 +111,6 @@ class Study:
                 continue
             model = contestant.open()
             for spans, results in waiting:
-                here = replace(contestant, open=lambda model=model: model)
+                here = replace(contestant, open=[model].pop)
                 evaluate(PlainText(spans), [here], results, EVALUATION_BATCH, thinking, self.seed)
             del model

@@ -1,5 +1,5 @@
-"""What the proof on text says in sum: a table of every condition, over tokens drawn at random with the hardest
-tenth of them beside it, and over the results of calculations alone."""
+"""What the proof on text says in sum: a table of every condition, over tokens drawn at random with the
+hardest tenth of them beside it, and over the results of calculations alone."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ def keeps_its_language(differences: list[Row]) -> bool:
 
 
 def helps(differences: list[Row]) -> bool:
-    """Thoughts are better than the control, than shuffled thoughts and than w = 0, each with its whole interval."""
-    against = {
-        row["of"][1]: row["all_high"] for row in differences if row["of"][0] == THOUGHTS
-    }
+    """Thoughts are better than the control, shuffled thoughts and w = 0, each with its whole interval."""
+    against = {row["of"][1]: row["all_high"] for row in differences if row["of"][0] == THOUGHTS}
     return all(against[name] < 0 for name in (CONTROL, SHUFFLED, WITHOUT))
