@@ -33,7 +33,7 @@ THINKING = {
     "writer": "base",
     "policy_weight": 0.0,
     "base_weight": 0.5,
-    "talk_weight": 0.5,
+    "talk_weight": 0.1,
     "boundary_scale": 1.0,
 }
 
@@ -54,22 +54,22 @@ class ProofTextArguments:
         metadata={"help": "Steps of a plain language model on texts with asides, before all else; 0: none."},
     )
     aside_learning_rate: float = field(default=3e-4, metadata={"help": "Of these steps."})
-    steps: int = field(default=40, metadata={"help": "Optimiser steps of the control and of the model."})
+    steps: int = field(default=30, metadata={"help": "Optimiser steps of the control and of the model."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the base model's layers in them."})
-    mixing_learning_rate: float = field(default=1e-3, metadata={"help": "Of the mixing head."})
-    boundary_learning_rate: float = field(default=1e-2, metadata={"help": "Of <start> and <end>."})
+    mixing_learning_rate: float = field(default=3e-3, metadata={"help": "Of the mixing head."})
+    boundary_learning_rate: float = field(default=1e-3, metadata={"help": "Of <start> and <end>."})
     batch: int = field(default=4, metadata={"help": "Texts in a step."})
     trainable_layers: int = field(default=10, metadata={"help": "Last layers that learn, in every phase."})
     positions: int = field(
-        default=4,
+        default=2,
         metadata={
             "help": "Think before every result and at so many other tokens of a text; -1: where "
             "thinking_positions says."
         },
     )
     longest: int = field(default=96, metadata={"help": "Texts with more tokens are left out."})
-    test_texts: int = field(default=64, metadata={"help": "The last so many texts are held out."})
-    tokens_per_text: int = field(default=12, metadata={"help": "Tokens of each that are scored, at random."})
+    test_texts: int = field(default=40, metadata={"help": "The last so many texts are held out."})
+    tokens_per_text: int = field(default=14, metadata={"help": "Tokens of each that are scored, at random."})
     output_dir: str = field(
         default="outputs/proof_text", metadata={"help": "Results, and the model after the asides."}
     )
