@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,16 +56,15 @@ class Study:
         if not self.asides.steps:
             return self.model
         folder, about = self.folder / "asides", self.folder / "asides" / "asides.json"
+        mark = dash(self.tokenizer)
+        rows = list(aside_rows(self.train, self.config.thought_length, mark, seed=self.seed))
         settings = {
             "model": fingerprint(self.model),
-            "texts": len(self.train),
-            "length": self.config.thought_length,
+            "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
             "seed": self.seed,
             **asdict(self.asides),
         }
         if not (about.is_file() and json.loads(about.read_text()) == settings):
-            mark = dash(self.tokenizer)
-            rows = list(aside_rows(self.train, self.config.thought_length, mark, seed=self.seed))
             told = fit(self.model, self.tokenizer, rows, None, self.asides, self.seed)
             told.save_pretrained(folder)
             about.write_text(json.dumps(settings))
