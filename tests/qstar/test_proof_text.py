@@ -1,6 +1,7 @@
 """The proof on text, in miniature: texts, rows, tests and verdict; the command on a tiny model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import base_model
@@ -8,6 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from qstar.cli.main import main
 from qstar.layout import IGNORE
+from qstar.proof_real.experiment import fit as experiment_fit
 from qstar.proof_text import corpus, results
 
 QUESTION = "Natalia sold clips to 48 friends. How many?"
@@ -159,9 +161,17 @@ TOLD = ["base", "after the asides", "control", "w = 0", "pause", "w = 1", "shuff
 
 
 def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_stopped(
-    folder, data, tmp_path, capsys
+    folder, data, tmp_path, capsys, monkeypatch
 ):
+    trained = []
+
+    def fit(path, tokenizer, rows, config, *more):
+        trained.append("asides" if "labels" in rows[0] else "control" if config is None else "thoughts")
+        return experiment_fit(path, tokenizer, rows, config, *more)
+
+    monkeypatch.setattr("qstar.proof_text.experiment.fit", fit)
     assert run(folder, data, tmp_path) == 0
+    assert trained == ["asides", "control", "thoughts"]
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     for part, n in (("drawn", 20), ("results", 4)):
         rows = found[part]["conditions"]
@@ -175,6 +185,7 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
     (tmp_path / "drawn.jsonl").write_text("".join(lines[:-7]) + lines[-7][:20])  # killed in the middle
     assert run(folder, data, tmp_path) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert trained[3:] == ["thoughts"]
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
     assert run(folder, data, tmp_path, "--steps", "2") == 1
@@ -217,3 +228,12 @@ def test_a_file_of_other_records_or_without_results_is_refused(folder, tmp_path,
     path.write_text(json.dumps({"question": "1?", "text": "1"}))
     assert run(folder, path, tmp_path) == 1
     assert "line 1 has no text in 'answer'" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_tell_where_its_tokens_lie_or_knows_no_dash_is_refused(data):
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(ValueError, match=r"^model: its tokenizer does not tell where in the text its tokens"):
+        corpus.read(str(data), slow, "removed", 96)
+    speechless = SimpleNamespace(encode=lambda *a, **k: [1, 2], unk_token_id=None)
+    with pytest.raises(ValueError, match=r"^model: none of .* is one token of its tokenizer$"):
+        corpus.dash(speechless)
