@@ -24,9 +24,13 @@ SEEDS ?= 0
 proof: $(READY)
 	$(BIN)/qstar proof --seeds $(SEEDS)
 
-# a built two-hop task on real facts: make proof-real MODEL=FOLDER, where SmolLM2-135M lies
+# make proof-real MODEL=FOLDER, where SmolLM2-135M lies: (a) a built two-hop task on real facts; with TEXT=FILE, of
+# GSM8K's format, also (b) natural text
 proof-real: $(READY)
 	$(BIN)/qstar proof-real --model '$(MODEL)' --seeds $(SEEDS)
+ifdef TEXT
+	$(BIN)/qstar proof-text --model '$(MODEL)' --data '$(TEXT)'
+endif
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

@@ -19,6 +19,10 @@ COMMANDS = {
         "qstar.cli.proof_real",
         "does a real model think? a built task on facts, in every condition",
     ),
+    "proof-text": (
+        "qstar.cli.proof_text",
+        "does thinking help a real model on GSM8K's text? every condition, with intervals",
+    ),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
     "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
     "memory": ("qstar_bench.memory_cli", "what a training step needs: a plan without a GPU, or measured"),

@@ -22,6 +22,7 @@ from qstar.model import QuietStarForCausalLM
 # the base model's own prediction (w = 0); after a thought; after that of another position; after k times the
 # same token, which takes the same slots but says nothing
 WAYS = ("without", "thoughts", "shuffled", "pause")
+ALONE = "alone"  # after a thought, at w = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def predict(
     parts = list(layout.chunks(config.chunk_positions or layout.positions.shape[1]))
     written_on = model.authors_text(batch["input_ids"], rows, keys_values)
     own = torch.cat([model.sample_thoughts(written_on, part, config, generator) for _, part in parts], 1)
-    for way in ways:
+    for way in dict.fromkeys("thoughts" if way == ALONE else way for way in ways):
         if way == "without":
             continue
         tokens = own
@@ -136,6 +137,9 @@ def predict(
         found[way] = Predictions(
             base, torch.cat(talk, 1)[valid], torch.cat(weight, 1)[valid], tokens[:, :, 0][valid]
         )
+    if ALONE in ways:
+        mixed = found["thoughts"]
+        found[ALONE] = replace(mixed, weight=torch.ones_like(mixed.weight))  # type: ignore[arg-type]
     return found
 
 

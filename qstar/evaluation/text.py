@@ -18,7 +18,7 @@ from qstar_kernels.vocabulary import nll_by_temperature
 
 from qstar.data import encode, pack_rows
 from qstar.evaluation.held_out import hardest
-from qstar.evaluation.predictions import WAYS, Thinking, evaluated, padded, predict
+from qstar.evaluation.predictions import ALONE, WAYS, Thinking, evaluated, padded, predict
 from qstar.evaluation.run import Figures
 from qstar.evaluation.statistics import Sums
 from qstar.model import QuietStarForCausalLM
@@ -66,7 +66,7 @@ class PlainText:
     way SMOOTHED nll, a list of one for each of TEMPERATURES of each token."""
 
     spans: Sequence[Span]
-    ways = (*WAYS, SMOOTHED)
+    ways = (*WAYS, ALONE, SMOOTHED)
 
     @property
     def lengths(self) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -71,10 +72,24 @@ def train(
 ) -> QuietStarForCausalLM | PreTrainedModel:
     """The model of the folder `path` after training on the split; config None is the control, a plain
     language model that sees the same rows in the same order."""
+    return fit(path, split.tokenizer, split.rows(split.train), config, recipe, seed, callbacks)
+
+
+def fit(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    config: QuietStarConfig | None,
+    recipe: Recipe,
+    seed: int,
+    callbacks: list[TrainerCallback] | None = None,
+) -> QuietStarForCausalLM | PreTrainedModel:
+    """The model of the folder `path` after training on rows, as `collate` takes them; config None is a plain
+    language model."""
     set_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-    # also of the control: it tells the last layers apart
-    model = QuietStarForCausalLM.from_base(base, config or thinking(0), tokenizer=split.tokenizer)
+    # also of a plain one: it tells the last layers apart
+    model = QuietStarForCausalLM.from_base(base, config or QuietStarConfig(), tokenizer=tokenizer)
     model.freeze_base(recipe.trainable_layers)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -95,7 +110,7 @@ def train(
         )
         common: dict[str, Any] = {
             "args": arguments,
-            "train_dataset": split.rows(split.train),
+            "train_dataset": rows,
             "data_collator": collate,  # the Trainer drops the columns that a model does not take
             "callbacks": callbacks,
         }

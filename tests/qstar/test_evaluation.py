@@ -16,7 +16,7 @@ from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.data import collate
 from qstar.evaluation.direct import DirectAnswers
 from qstar.evaluation.majority import MajorityVote, first_integer
-from qstar.evaluation.predictions import WAYS, Thinking, pause_token, predict, shuffled
+from qstar.evaluation.predictions import ALONE, WAYS, Thinking, pause_token, predict, shuffled
 from qstar.evaluation.questions import Question, Tokens, choice, fitted, gsm8k
 from qstar.evaluation.run import batches
 from qstar.evaluation.statistics import Sums, estimates
@@ -125,6 +125,19 @@ def test_shuffled_and_paused_predictions_equal_a_plain_forward_with_those_though
             assert torch.allclose(found[way].logits(model.head)[i], truth, atol=2e-4)
         assert torch.allclose(found["without"].logits(model.head)[i], slow.logits(prefix), atol=2e-4)
     assert sorted(found["shuffled"].tokens.tolist()) == sorted(found["thoughts"].tokens.tolist())
+
+
+@torch.no_grad()
+def test_the_prediction_after_a_thought_alone_is_what_the_mixed_one_adds_to_the_base(model):
+    ids = tokens(1, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = predict(model, batch, torch.ones_like(ids, dtype=torch.bool), ("without", "thoughts", ALONE))
+    base, mixed, alone = (found[way].logits(model.head) for way in ("without", "thoughts", ALONE))
+    w = found["thoughts"].weight[:, None]
+    torch.testing.assert_close(base + w * (alone - base), mixed, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone, mixed, atol=0.1)
+    again = predict(model, batch, torch.ones_like(ids, dtype=torch.bool), (ALONE,))[ALONE]
+    assert torch.equal(again.logits(model.head), alone)
 
 
 @torch.no_grad()
