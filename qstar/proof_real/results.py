@@ -45,7 +45,7 @@ def summary(rows: list[Row], lengths: list[int]) -> tuple[list[Row], list[Row]]:
     test of several splits and seeds stays together. Conditions that some split or seed lacks are left out."""
     shares = accuracy(rows)
     runs = max(len(x) for x in shares.values())
-    tests = ("w = 0", "w = 1", "shuffled", "")
+    tests = ("w = 1", "w = 0", "shuffled", "")
     order = ["before", "control", "pause", *(thoughts(k, test) for k in lengths for test in tests)]
     # whatever order they were measured in; a length that is not asked for comes last
     names = [name for name in order if name in shares] + [name for name in shares if name not in order]

@@ -180,6 +180,13 @@ def test_means_extremes_and_paired_differences_are_those_of_the_lines():
     assert control["mean"] == pytest.approx(0.3)
 
 
+def test_conditions_stand_in_one_order_whatever_was_measured_first():
+    names = ["control", "thoughts, k = 1, shuffled", "thoughts, k = 1", "thoughts, k = 4", "thoughts, k = 2"]
+    for measured in (names, names[::-1], names[2:] + names[:2]):
+        conditions, _ = results.summary(rows({name: [0.5, 0.5] for name in measured}), [1, 4])
+        assert [row["condition"] for row in conditions] == names
+
+
 def test_the_interval_counts_a_fact_of_several_splits_once():
     named = {"control": [0.5], "thoughts, k = 1": [0.5], "thoughts, k = 1, shuffled": [0.5]}
     once = rows(named)
