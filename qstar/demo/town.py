@@ -118,6 +118,11 @@ def walks(count: int, seed: str, held_out: bool = False) -> list[Walk]:
     return [walk(draw, held_out) for _ in range(count)]
 
 
+def useless_aside(draw: random.Random) -> str:
+    template, *words = draw.choice(UNRELATED).split("|")
+    return template.format(*(draw.choice(w.split()) for w in words))
+
+
 def document(draw: random.Random, aside_share: float, useful_share: float) -> str:
     """A walk's text; `aside_share` of them carry an aside, of which `useful_share` spell the walk out."""
     found = walk(draw)
@@ -125,5 +130,4 @@ def document(draw: random.Random, aside_share: float, useful_share: float) -> st
         return found.text()
     if draw.random() < useful_share:
         return found.text(found.useful_thought)
-    template, *words = draw.choice(UNRELATED).split("|")
-    return found.text(template.format(*(draw.choice(w.split()) for w in words)))
+    return found.text(useless_aside(draw))

@@ -131,7 +131,7 @@ def answers(
 ) -> dict[str, list[int]]:
     """By way, of every question: 1 where the likeliest of all words of its kind is right, right after the
     question or after a greedy thought there."""
-    asked = [(ids, [len(ids) - 1]) for ids in tokenizer([q.text for q in test.questions])["input_ids"]]
+    asked = _at_their_ends(test.questions, tokenizer)
     right = [list(KINDS[test.kind].answers).index(question.answer) for question in test.questions]
     said: dict[str, list[int]] = {way: [] for way in ways}
     for _, _, predictions in _predicted(model, asked, ways, seed):
@@ -144,13 +144,19 @@ def useful_share(
     model: QuietStarForCausalLM, test: Unseen, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> float:
     """Share of the thoughts sampled at the end of the questions that are the useful aside, word by word."""
-    asked = [(ids, [len(ids) - 1]) for ids in tokenizer([q.text for q in test.questions])["input_ids"]]
+    asked = _at_their_ends(test.questions, tokenizer)
     sampled = Thinking(temperature=1.0)
     thoughts = torch.cat(
         [x["thoughts"].tokens for *_, x in _predicted(model, asked, ("thoughts",), seed, sampled)]
     )
     useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in test.questions])["input_ids"])
     return float((thoughts == useful).all(-1).float().mean())
+
+
+def _at_their_ends(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    return [(ids, [len(ids) - 1]) for ids in tokenizer([q.text for q in questions])["input_ids"]]
 
 
 def _predicted(

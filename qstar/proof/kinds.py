@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from qstar.demo.town import DIRECTIONS, PLACES, STEPS, UNRELATED, USEFUL, Walk, is_held_out
+from qstar.demo.town import DIRECTIONS, PLACES, STEPS, USEFUL, Walk, is_held_out, useless_aside
 
 _NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 _NAMES = """
@@ -134,11 +134,6 @@ KINDS = {
         Kind("sorting", sorting, tuple(ANIMALS)),
     )
 }
-
-
-def useless_aside(draw: random.Random) -> str:
-    template, *words = draw.choice(UNRELATED).split("|")
-    return template.format(*(draw.choice(w.split()) for w in words))
 
 
 def document(kind: Kind, draw: random.Random, aside_share: float, useful_share: float) -> str:

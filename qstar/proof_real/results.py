@@ -48,8 +48,7 @@ def summary(rows: list[Row], lengths: list[int]) -> tuple[list[Row], list[Row]]:
     tests = ("w = 1", "w = 0", "shuffled", "")
     order = ["before", "control", "pause", *(thoughts(k, test) for k in lengths for test in tests)]
     # whatever order they were measured in; a length that is not asked for comes last
-    names = [name for name in order if name in shares] + [name for name in shares if name not in order]
-    names = [name for name in names if len(shares[name]) == runs]
+    names = [name for name in dict.fromkeys([*order, *shares]) if len(shares.get(name, {})) == runs]
     of = {name: _sums([row for row in rows if row["condition"] == name]) for name in names}
     pairs = [
         (thoughts(k), other)
