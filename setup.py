@@ -24,11 +24,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["qstar_kernels", "qstar_bench", *find_packages(include=["qstar", "qstar.*"])],
+    packages=[
+        *find_packages(include=["qstar", "qstar.*"]),
+        *find_packages("kernels"),
+        *find_packages("bench"),
+    ],
     package_dir={"qstar_kernels": "kernels/qstar_kernels", "qstar_bench": "bench/qstar_bench"},
     package_data={
         "qstar.demo": ["tiny_lm/*"],
-        "qstar.proof": ["prose.txt"],
         "qstar.look": ["page.css", "page.html", "page.js"],
         "qstar_kernels": ["cpu_forward.c"],
     },

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.callbacks import QuietStarCallback, last_complete_checkpoint
 from qstar.data import collate, text_rows
 from qstar.demo import TINY_LM
 from qstar.demo.town import walks
+from qstar.training.callbacks import QuietStarCallback, last_complete_checkpoint
 
 if importlib.util.find_spec("tensorboard") is None:
     raise SystemExit("this example needs tensorboard: pip install 'qstar[tensorboard]'")

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.callbacks import QuietStarCallback, last_complete_checkpoint
 from qstar.demo import TINY_LM
 from qstar.demo.town import walks
+from qstar.training.callbacks import QuietStarCallback, last_complete_checkpoint
 
 try:
     from datasets import Dataset

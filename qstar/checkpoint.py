@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qstar import adapters
+from qstar import peft_adapters
 from qstar.config import QuietStarConfig
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def finish_update(folder: str | os.PathLike) -> None:
             if (commit / name).exists():
                 os.replace(commit / name, target / name)
         # shards of a checkpoint that had more of them; an adapter where the base model is now whole
-        for stale in (*_weight_files(target), target / adapters.CONFIG):
+        for stale in (*_weight_files(target), target / peft_adapters.CONFIG):
             if stale.name not in names and stale.is_file():
                 stale.unlink()
         _flush(target)
@@ -90,7 +90,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(
         p
         for p in folder.iterdir()
-        if p.name == adapters.TENSORS or (p.name.startswith("model") and ".safetensors" in p.name)
+        if p.name == peft_adapters.TENSORS or (p.name.startswith("model") and ".safetensors" in p.name)
     )
 
 
@@ -118,10 +118,10 @@ def save(
     parts = {name: x.contiguous() for name, x in state.items() if name.startswith(_THOUGHT_PARTS)}
     with atomic_update(folder) as staging:
         try:
-            if adapters.adapter_name(model.base) is None:
+            if peft_adapters.adapter_name(model.base) is None:
                 model.base.save_pretrained(staging, state_dict=base_state, **options)
             else:
-                adapters.save(model.base, base_state, staging, Path(folder))
+                peft_adapters.save(model.base, base_state, staging, Path(folder))
             save_file(parts, staging / TENSORS, metadata={"format": "pt"})
         except SafetensorError as error:  # its writer hides a full disk in an error of its own
             raise OSError(f"{str(folder)!r}: cannot be written: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qstar.config import QuietStarConfig
-from qstar.noise import rand
+from qstar.distributed_random import rand
 
 IGNORE = -100  # the label that Hugging Face and torch leave out of a loss
 

@@ -20,19 +20,19 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from qstar import adapters, checkpoint
-from qstar.attention import BlockPass, use_thought_attention
+from qstar import checkpoint, peft_adapters
+from qstar.attention_interface import BlockPass, use_thought_attention
+from qstar.base_model import linear_head, read_slots, read_text
 from qstar.boundary import BoundaryEmbeddings, boundary_token_id
-from qstar.cache import SlotCache, TextKeysValues
 from qstar.config import QuietStarConfig
+from qstar.frozen_writer import FrozenWriter
+from qstar.kv_cache import SlotCache, TextKeysValues
 from qstar.layout import TextRows, ThoughtLayout
 from qstar.mixing import MixingHead
-from qstar.passes import linear_head, read_slots, read_text
-from qstar.phases import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
+from qstar.profiler_ranges import BLOCKS, LOSS, PREFIX, ROLLOUT, phase
 from qstar.rollout import rollout
 from qstar.step import QuietStarOutput, Thoughts, training_step
 from qstar.supported import check_supported, context_length, text_body
-from qstar.writer import FrozenWriter
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """Load what `save_pretrained` wrote; model_options go to `AutoModelForCausalLM.from_pretrained`, of
         an adapter's checkpoint to that of its base model."""
         config, tensors = checkpoint.read(path)
-        adapted = (Path(path) / adapters.CONFIG).is_file()
-        load = adapters.load if adapted else AutoModelForCausalLM.from_pretrained
+        adapted = (Path(path) / peft_adapters.CONFIG).is_file()
+        load = peft_adapters.load if adapted else AutoModelForCausalLM.from_pretrained
         model = cls(load(path, **model_options), config)
         checkpoint.load_thought_parts(model, tensors, path)
         return model
@@ -146,7 +146,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         whole. Raises ValueError when there is none."""
         if self.writer is not None:
             self.writer.keep(self.base.parameters())
-        adapters.merge(self.base)
+        peft_adapters.merge(self.base)
         return self
 
     def freeze_base(self, trainable_layers: int = 0) -> QuietStarForCausalLM:
@@ -383,8 +383,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids [B, T] int64; attention_mask [B, T], 0 on padding at either side; labels [B, T], -100 where
         not a target (default: input_ids wherever attention_mask is 1); position_ids [B, T] only for packed
         documents; generator: source of the thoughts (default: torch's own), in the same state in all
-        processes of torch.distributed (`qstar.noise`); num_items_in_batch: of the whole batch, accumulated
-        or of several processes, that this is a part of: its targets, by whose share this loss is weighted,
+        processes of torch.distributed (`qstar.distributed_random`); num_items_in_batch: of the whole batch,
+        accumulated or of several processes, that this is a part of: its targets, by whose share this loss is
+        weighted,
         or the sum of `count_items` over its parts, with which the losses of the parts add up to exactly that
         of the whole; thoughts [B, P, R, k]: take these, sample none; think_mask [B, T]: think after the
         tokens where it is not 0 and a target follows, whatever the config's thinking_positions. Raises

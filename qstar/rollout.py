@@ -9,7 +9,7 @@ from qstar_kernels.vocabulary import LinearHead, sample
 from torch import Tensor
 
 from qstar.boundary import BoundaryEmbeddings
-from qstar.cache import SlotCache
+from qstar.kv_cache import SlotCache
 
 # (embeddings [B, N * Lq, D], first slot, cache) -> hidden states [B, N * Lq, D] after the final norm
 SlotReader = Callable[[Tensor, int, SlotCache], Tensor]

@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qstar import objective
-from qstar.cache import TextKeysValues
+from qstar.distributed_random import rand
+from qstar.kv_cache import TextKeysValues
 from qstar.layout import IGNORE, TextRows, ThoughtLayout
-from qstar.noise import rand
-from qstar.phases import LOSS, phase
+from qstar.profiler_ranges import LOSS, phase
 
 if TYPE_CHECKING:
     from qstar.model import QuietStarForCausalLM

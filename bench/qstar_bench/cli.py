@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 
 MEASUREMENTS = {
-    "attention": "qstar_bench.attention",
-    "curves": "qstar_bench.curves",
-    "data": "qstar_bench.data",
-    "generate": "qstar_bench.generate",
+    "attention": "qstar_bench.attention.attention_speed",
+    "data": "qstar_bench.data_speed",
+    "generate": "qstar_bench.generation_speed",
     "gpu": "qstar_bench.gpu",
-    "kernels": "qstar_bench.kernels",
-    "report": "qstar_bench.report",
-    "scaling": "qstar_bench.scaling",
-    "step": "qstar_bench.step",
+    "kernels": "qstar_bench.kernels.kernel_table",
+    "report": "qstar_bench.report.report_command",
+    "scaling": "qstar_bench.training_step.scaling",
+    "step": "qstar_bench.training_step.step_speed",
 }
 
 

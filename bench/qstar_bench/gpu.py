@@ -24,10 +24,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from qstar import report
 from qstar.cli.options import parse_options
 from qstar.demo import TINY_LM
-from qstar.runs import TableArguments, check_device, finish, machine
+from qstar.reporting import tables
+from qstar.reporting.benchmark_record import TableArguments, check_device, finish, machine
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = {"slots": 14, "heads": 32, "kv_heads": 8, "width": 128}  # attention of Mistral-7B, k 9, m 4
@@ -174,17 +174,17 @@ def where(rehearse: bool) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]], tests: dict[str, Any], found: list[dict[str, Any]]) -> str:
     """The tables: stages, tests, and of every bench its rows, attention's ratios and the single figures."""
-    tables = [
-        report.table([row | {"failed": "failed" if row["failed"] else ""} for row in rows], digits=1),
-        report.table([{name: value for name, value in tests.items() if name != "names"}]),
+    parts = [
+        tables.table([row | {"failed": "failed" if row["failed"] else ""} for row in rows], digits=1),
+        tables.table([{name: value for name, value in tests.items() if name != "names"}]),
     ]
     for stage in found:
         result = stage["result"] or {}
         figures = {name: x for name, x in result.items() if isinstance(x, float)}
         several = [result.get("rows", []), result.get("cases", []), [figures] if figures else []]
-        tables += [f"{stage['stage']}:\n{report.table(x, digits=2)}" for x in several if x]
+        parts += [f"{stage['stage']}:\n{tables.table(x, digits=2)}" for x in several if x]
     failures = [f"{stage['stage']} failed: {stage['failed']}" for stage in found if stage["failed"]]
-    return "\n\n".join(tables + failures + tests["names"])
+    return "\n\n".join(parts + failures + tests["names"])
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qstar_kernels import cpu as engine
+from qstar_kernels import cpu_tiles as engine
 
 
 @torch.library.custom_op("qstar::thought_attention_cpu", mutates_args=())

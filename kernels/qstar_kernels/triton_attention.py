@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qstar_kernels.triton_backward import delta_launch, rows_launch
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
+from qstar_kernels.triton_backward_queries import delta_launch, rows_launch
+from qstar_kernels.triton_common import interpreted
 from qstar_kernels.triton_decode import decode_launches
 from qstar_kernels.triton_forward import forward_launch, thought_forward
-from qstar_kernels.triton_rows import interpreted
 from qstar_kernels.triton_tiles import HEAD_WIDTHS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qstar_kernels.triton_forward import common_arguments
-from qstar_kernels.triton_rows import (
+from qstar_kernels.triton_common import (
     LOG2E,
     Launch,
     capped,
@@ -22,6 +21,7 @@ from qstar_kernels.triton_rows import (
     row_ranges,
     store_tile,
 )
+from qstar_kernels.triton_forward import common_arguments
 from qstar_kernels.triton_tiles import Chip, Tile, ceil_div, keys_tile
 
 

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qstar_kernels.triton_forward import common_arguments, update
-from qstar_kernels.triton_rows import (
+from qstar_kernels.triton_common import (
     LN2,
     LOG2E,
     NOTHING_SEEN,
@@ -28,6 +27,7 @@ from qstar_kernels.triton_rows import (
     row_ranges,
     store_tile,
 )
+from qstar_kernels.triton_forward import common_arguments, update
 from qstar_kernels.triton_tiles import Chip, Tile, ceil_div, decode_tile, delta_tile
 
 

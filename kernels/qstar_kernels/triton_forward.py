@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qstar_kernels.triton_rows import (
+from qstar_kernels.triton_common import (
     LN2,
     LOG2E,
     NOTHING_SEEN,

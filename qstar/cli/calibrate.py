@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 
-from qstar import checkpoint, report
+from qstar import checkpoint
 from qstar.cli.options import parse_options
 from qstar.cli.score import TextArguments, read_rows
 from qstar.evaluation.calibration import threshold
 from qstar.evaluation.held_out import held_out
+from qstar.reporting import tables
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)
 
@@ -30,10 +31,10 @@ def main(argv: list[str]) -> int:
     config = replace(model.quiet_star, entropy_threshold=chosen.entropy_threshold)
     checkpoint.save_config(config, args.model)
     if not args.json:
-        print(report.table(table))
+        print(tables.table(table))
         print(
             f"{len(gain)} tokens, mean gain {float(gain.mean()):.4f} nats; {args.model} now holds "
             f"entropy_threshold {chosen.entropy_threshold:.4f}: generate --think adaptive takes it"
         )
-    report.last_line({"chosen": asdict(chosen), "tokens": len(gain), "thresholds": table})
+    tables.last_line({"chosen": asdict(chosen), "tokens": len(gain), "thresholds": table})
     return 0

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers.utils import logging
 
-from qstar import report
 from qstar.cli.options import parse_options
-from qstar.demo import experiment
+from qstar.demo import walk_training
 from qstar.demo.town import CHANCE, STEPS
+from qstar.reporting import tables
 
 
 @dataclass
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     began = time.perf_counter()
-    task = experiment.Task.make(args.seed, args.training_steps, args.test_walks)
+    task = walk_training.Task.make(args.seed, args.training_steps, args.test_walks)
     print(
         f"A tiny language model reads, for instance:\n  {task.test[0].text()}\n"
         f"It knows where each street leads, but not, in one step, where {STEPS} of them do "
@@ -45,38 +45,41 @@ def main(argv: list[str]) -> int:
         f"Now it trains for {args.training_steps} steps on walks without any aside.\n",
         flush=True,
     )
-    full = experiment.thinking()
-    start = experiment.before(task, full)
+    full = walk_training.thinking()
+    start = walk_training.before(task, full)
     rows: list[dict[str, Any]] = [
         {
             "condition": "before",
             "thought length": None,
-            "direct accuracy": experiment.direct_accuracy(start.base, task),
-            "useful thoughts": experiment.useful_share(start, task),
-            "mixed NLL": experiment.mixed_nll(start, task),
+            "direct accuracy": walk_training.direct_accuracy(start.base, task),
+            "useful thoughts": walk_training.useful_share(start, task),
+            "mixed NLL": walk_training.mixed_nll(start, task),
         }
     ]
     conditions = [
         ("control: trained without thoughts", None),
-        ("no policy term", experiment.thinking(policy_weight=0.0)),
-        *((f"full, {k} thought tokens", experiment.thinking(k)) for k in (0, 2, 4)),
+        ("no policy term", walk_training.thinking(policy_weight=0.0)),
+        *((f"full, {k} thought tokens", walk_training.thinking(k)) for k in (0, 2, 4)),
         (f"full, {STEPS} thought tokens", full),
     ]
     for number, (name, config) in enumerate(conditions, 1):
         print(f"{number}/{len(conditions)} {name}", flush=True)
         since = time.perf_counter()
-        model = experiment.train(task, config, args.seed)
-        row: dict[str, Any] = {"condition": name, "direct accuracy": experiment.direct_accuracy(model, task)}
+        model = walk_training.train(task, config, args.seed)
+        row: dict[str, Any] = {
+            "condition": name,
+            "direct accuracy": walk_training.direct_accuracy(model, task),
+        }
         if config is not None:
             row["thought length"] = config.thought_length
-            row["useful thoughts"] = experiment.useful_share(model, task)
-            row["mixed NLL"] = experiment.mixed_nll(model, task)
+            row["useful thoughts"] = walk_training.useful_share(model, task)
+            row["mixed NLL"] = walk_training.mixed_nll(model, task)
         rows.append(row | {"seconds": time.perf_counter() - since})
-    shown = experiment.examples(model, task)
+    shown = walk_training.examples(model, task)
     model.save_pretrained(args.output_dir)
     task.tokenizer.save_pretrained(args.output_dir)
 
-    print("\n" + report.table(rows, digits=3))
+    print("\n" + tables.table(rows, digits=3))
     print(f"({args.test_walks} unseen walks; chance {CHANCE:.3f}; NLL in nats per token, greedy thoughts)\n")
     for example in shown:
         print(
@@ -87,7 +90,7 @@ def main(argv: list[str]) -> int:
         f"--prompt {task.test[3 % args.test_walks].question!r} --max_new_tokens 2 --show_thoughts"
     )
     by_length = {row["thought length"]: row["direct accuracy"] for row in rows if "full" in row["condition"]}
-    report.last_line(
+    tables.last_line(
         {
             "direct_accuracy_before": rows[0]["direct accuracy"],
             "direct_accuracy_control": rows[1]["direct accuracy"],

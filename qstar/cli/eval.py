@@ -17,7 +17,7 @@ from qstar.cli.eval_inputs import (
     reference_of,
 )
 from qstar.cli.options import parse_options, with_config_file
-from qstar.evaluation import tables
+from qstar.evaluation import condition_tables
 from qstar.evaluation.majority import MajorityVote
 from qstar.evaluation.predictions import Thinking, pause_token
 from qstar.evaluation.results import Results
@@ -25,7 +25,7 @@ from qstar.evaluation.run import Task, evaluate
 from qstar.evaluation.statistics import RESAMPLES
 from qstar.evaluation.text import SMOOTHED, PlainText, measured
 from qstar.model import QuietStarForCausalLM
-from qstar.runs import TableArguments, finish, machine
+from qstar.reporting.benchmark_record import TableArguments, finish, machine
 
 
 def main(argv: list[str]) -> int:
@@ -50,17 +50,17 @@ def main(argv: list[str]) -> int:
     if isinstance(task, PlainText):
         reference = reference_of(args)
         found = measured(task.spans, figures, results.of(f"{reference}, smoothed"), reference)
-        rows, differences = tables.text_rows(found, names[-1], args.seed)
+        rows, differences = condition_tables.text_rows(found, names[-1], args.seed)
         more |= {"options": asdict(text), "reference": reference, "best_temperature": found.best}
         headers, columns = {"all": "NLL, all tokens", "hard": "NLL, hardest 10 %"}, {"weight": "mean w"}
     else:
-        rows, differences = tables.question_rows(figures, task.metrics, args.seed)
+        rows, differences = condition_tables.question_rows(figures, task.metrics, args.seed)
         more |= {"options": asdict(chain) if isinstance(task, MajorityVote) else {}}
         headers, columns = {name: name for name in task.metrics}, {}
     if not output.json:
         digits = 4 if isinstance(task, PlainText) else 3
-        print(tables.shown(rows, headers | columns, digits) + "\n")
-        print(tables.shown(differences, headers, 4) + "\n")
+        print(condition_tables.shown(rows, headers | columns, digits) + "\n")
+        print(condition_tables.shown(differences, headers, 4) + "\n")
         print(_note(task, args))
     finish("eval", args, machine(args.device), rows, output, differences=differences, **more)
     return 0

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM
 
-from qstar import checkpoint, jsonl
+from qstar import checkpoint
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, document_text, load_records
 from qstar.evaluation import questions
@@ -22,7 +22,8 @@ from qstar.evaluation.predictions import WAYS, evaluated
 from qstar.evaluation.run import Contestant, Task
 from qstar.evaluation.text import SMOOTHED, PlainText, Span, spans
 from qstar.model import QuietStarForCausalLM
-from qstar.runs import check_device
+from qstar.reporting import jsonl
+from qstar.reporting.benchmark_record import check_device
 from qstar.supported import context_length
 
 _T = TypeVar("_T")

@@ -12,11 +12,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from qstar import report
 from qstar.cli.options import parse_options
 from qstar.cli.prompts import check_lengths, done_before, read_records
 from qstar.data import left_padded
 from qstar.model import QuietStarForCausalLM
+from qstar.reporting import tables
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
             answer.show_rest()
             print()
         if args.json:
-            report.last_line({"answers": [answer.document() for answer in answers]})
+            tables.last_line({"answers": [answer.document() for answer in answers]})
         return 0
     check_lengths(model, tokenizer, records, args)
     waiting = [i for i in range(len(records)) if i not in done]
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
 
             _run(model, tokenizer, answers, args, args.seed + batch[0], finished)
     if args.json:
-        report.last_line({"output": args.output, "prompts": len(records), "already_there": len(done)})
+        tables.last_line({"output": args.output, "prompts": len(records), "already_there": len(done)})
     return 0
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qstar import report
 from qstar.cli.options import Parser, read_text
 from qstar.demo import TINY_LM
 from qstar.look.page import page
 from qstar.look.thoughts import Look, look, look_config
 from qstar.model import QuietStarForCausalLM
+from qstar.reporting import tables
 
 
 def options(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if (args.text is None) == (args.file is None):
         raise ValueError(f"text = {args.text!r}, file = {args.file!r}: give exactly one of them")
-    report.check_folder("output", args.output)
+    tables.check_folder("output", args.output)
     return args
 
 
@@ -57,7 +57,7 @@ def load(folder: str | None) -> tuple[QuietStarForCausalLM, Any]:
     if folder is not None:
         model = QuietStarForCausalLM.from_pretrained(folder, dtype="float32")
         return model, AutoTokenizer.from_pretrained(folder)
-    from qstar.demo.experiment import thinking  # with it comes the Trainer
+    from qstar.demo.walk_training import thinking  # with it comes the Trainer
 
     base = QuietStarForCausalLM.from_base(str(TINY_LM), thinking(), dtype="float32")
     return base, AutoTokenizer.from_pretrained(TINY_LM)
@@ -71,7 +71,7 @@ def table(found: Look) -> str:
         {"condition": name, "NLL": figures[f"{way}_nll"], "gain": figures["base_nll"] - figures[f"{way}_nll"]}
         for name, way in ways.items()
     ]
-    return report.table(rows) + f"\n({figures['tokens']} tokens; nats per token)"
+    return tables.table(rows) + f"\n({figures['tokens']} tokens; nats per token)"
 
 
 def main(argv: list[str]) -> int:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     about = {"model": args.model or "the embedded model", "seed": args.seed}
     Path(args.output).write_text(page(found, tokenizer, about), encoding="utf-8")
     print(table(found))
-    report.last_line(
+    tables.last_line(
         {"output": args.output, "bytes": os.path.getsize(args.output), "seed": args.seed, **found.summary()}
     )
     return 0

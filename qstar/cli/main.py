@@ -14,18 +14,12 @@ COMMANDS = {
     "calibrate": ("qstar.cli.calibrate", "find where thinking pays, for generate --think adaptive"),
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
     "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
-    "proof": ("qstar.cli.proof", "does a small model learn to think? from scratch, on several kinds of text"),
-    "proof-real": (
-        "qstar.cli.proof_real",
-        "does a real model think? a built task on facts, in every condition",
-    ),
-    "proof-text": (
-        "qstar.cli.proof_text",
-        "does thinking help a real model on GSM8K's text? every condition, with intervals",
-    ),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
     "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
-    "memory": ("qstar_bench.memory_cli", "what a training step needs: a plan without a GPU, or measured"),
+    "memory": (
+        "qstar_bench.memory.memory_cli",
+        "what a training step needs: a plan without a GPU, or measured",
+    ),
 }
 
 

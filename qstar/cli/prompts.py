@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qstar import jsonl
+from qstar.reporting import jsonl
 
 
 def read_records(name: str) -> list[dict[str, Any]]:

@@ -14,17 +14,18 @@ from typing import Any
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from qstar import checkpoint, report
-from qstar.adapters import adapter_name
-from qstar.callbacks import last_complete_checkpoint
+from qstar import checkpoint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, collate, load_rows
 from qstar.demo import TINY_LM
 from qstar.evaluation.held_out import hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
-from qstar.profiling import TraceSteps
-from qstar.trainer import NonFiniteError, QuietStarTrainer
+from qstar.peft_adapters import adapter_name
+from qstar.reporting import tables
+from qstar.reporting.profiling import TraceSteps
+from qstar.training.callbacks import last_complete_checkpoint
+from qstar.training.trainer import NonFiniteError, QuietStarTrainer
 
 
 @dataclass
@@ -146,15 +147,15 @@ def main(argv: list[str]) -> int:
     )
     if not first:
         return 0
-    if report.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
+    if tables.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
         print(f"curves: {Path(args.output_dir) / 'curves.png'}")
     steps = result.global_step
     seconds = result.metrics["train_runtime"] / max(steps, 1)
     # ru_maxrss is in KiB on Linux
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(report.before_after(before, after))
+    print(tables.before_after(before, after))
     print(f"{steps} steps, {seconds:.2f} s a step, peak resident memory {peak_gib:.2f} GiB")
-    report.last_line(
+    tables.last_line(
         {
             "before": before,
             "after": after,

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qstar import jsonl
 from qstar.model import QuietStarForCausalLM
+from qstar.reporting import jsonl
 
 SAMPLE = 4096  # numbers of each tensor that its fingerprint covers
 

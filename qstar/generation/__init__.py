@@ -1,6 +1,6 @@
 """The generator: before a token is spoken, a thought; several thoughts at once, and the text is the same."""
 
-from qstar.generation.generate import QuietStarGenerateOutput, generate
+from qstar.generation.generator import QuietStarGenerateOutput, generate
 from qstar.generation.loop import Thinking
 
 __all__ = ["QuietStarGenerateOutput", "Thinking", "generate"]

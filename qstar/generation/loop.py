@@ -19,11 +19,11 @@ from qstar_kernels.vocabulary import logits
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from qstar.attention import BlockPass
-from qstar.cache import SlotCache, TextCache
+from qstar.attention_interface import BlockPass
+from qstar.base_model import linear_head, read_slots
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled
+from qstar.kv_cache import SlotCache, TextCache
 from qstar.layout import TextRows
-from qstar.passes import linear_head, read_slots
 from qstar.rollout import rollout
 from qstar.supported import context_length
 

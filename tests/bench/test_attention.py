@@ -6,15 +6,16 @@ import json
 
 import pytest
 import torch
-from qstar_bench import attention, attention_candidates, attention_plan
-from qstar_bench.attention_candidates import candidates, way
-from qstar_bench.attention_check import Judge
-from qstar_bench.attention_plan import PRESETS, AttentionArguments, plan
-from qstar_bench.attention_problem import PASSES, Problem, Shape
-from qstar_bench.memory import peak_bytes
+from qstar_bench.attention import attention_plan, attention_speed
+from qstar_bench.attention import candidates as candidates_module
+from qstar_bench.attention.attention_check import Judge
+from qstar_bench.attention.attention_plan import PRESETS, AttentionArguments, plan
+from qstar_bench.attention.attention_problem import PASSES, Problem, Shape
+from qstar_bench.attention.candidates import candidates, way
+from qstar_bench.memory.memory_measured import peak_bytes
 
 from qstar.cli.main import main
-from qstar.runs import WrongResultError
+from qstar.reporting.benchmark_record import WrongResultError
 
 SMALL = ["--tokens", "17", "--slots", "3", "--heads", "4", "--width", "16", "--rounds", "1"]
 TINY = Shape(T=9, L=2, R=1, Hq=2, Hkv=1, D=8)
@@ -90,8 +91,8 @@ def test_several_thoughts_at_a_token_one_pass_and_a_baseline_that_is_not_asked_f
 
 
 def test_a_slow_baseline_is_called_once_a_pass_and_ours_in_every_round(capsys, monkeypatch):
-    monkeypatch.setattr(attention, "SLOW_SECONDS", 1e-9)
-    monkeypatch.setattr(attention.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
+    monkeypatch.setattr(attention_speed, "SLOW_SECONDS", 1e-9)
+    monkeypatch.setattr(attention_speed.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
     options = ["--rounds", "3", "--baseline", "dense", "--passes", "forward", "--json"]
     _, out, _ = bench(capsys, *SMALL, *options)
     found = {row["candidate"]: (row["20 %"], row["memory MiB"]) for row in json.loads(out)["rows"]}
@@ -111,15 +112,15 @@ class _Scaled(torch.autograd.Function):
 
 
 def _wrong_output(q, k, v, k_prefix, v_prefix, end, impl):
-    out, lse = attention_candidates_operator(q, k, v, k_prefix, v_prefix, end, impl=impl)
+    out, lse = operator_as_it_is(q, k, v, k_prefix, v_prefix, end, impl=impl)
     return out + 1e-3, lse
 
 
 def _wrong_gradient(q, k, v, k_prefix, v_prefix, end, impl):
-    return attention_candidates_operator(q, k, v, _Scaled.apply(k_prefix), v_prefix, end, impl=impl)
+    return operator_as_it_is(q, k, v, _Scaled.apply(k_prefix), v_prefix, end, impl=impl)
 
 
-attention_candidates_operator = attention_candidates.thought_attention
+operator_as_it_is = candidates_module.thought_attention
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ attention_candidates_operator = attention_candidates.thought_attention
     ids=["output", "gradient"],
 )
 def test_a_wrong_operator_gives_one_line_and_no_time(capsys, monkeypatch, operator, what):
-    monkeypatch.setattr(attention_candidates, "thought_attention", operator)
+    monkeypatch.setattr(candidates_module, "thought_attention", operator)
     code, out, error = bench(capsys, *SMALL, "--baseline", "causal")
     assert code == 1
     assert error.startswith(f"qstar bench: {what} is wrong, no time is shown: its error is ")
@@ -213,7 +214,7 @@ def test_costs_count_visible_cells_alone():
     ids=lambda x: x if x.startswith("--") else "",
 )
 def test_what_cannot_be_measured_is_told_in_one_line_before_anything_is(capsys, monkeypatch, argv, message):
-    monkeypatch.setattr(attention, "measure", None)
+    monkeypatch.setattr(attention_speed, "measure", None)
     if "triton" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, out, error = bench(capsys, *argv.split())

@@ -8,14 +8,14 @@ import time
 import pytest
 import torch
 from qstar_bench import gpu
-from qstar_bench.attention_plan import AttentionArguments
-from qstar_bench.generate import GenerateArguments
+from qstar_bench.attention.attention_plan import AttentionArguments
+from qstar_bench.generation_speed import GenerateArguments
 from qstar_bench.gpu import Stage, counts, stages
-from qstar_bench.step_ways import StepArguments
+from qstar_bench.training_step.step_ways import StepArguments
 
 from qstar.cli.main import main
 from qstar.cli.options import parse_options
-from qstar.runs import OutputArguments
+from qstar.reporting.benchmark_record import OutputArguments
 
 ARGUMENTS = {"attention": AttentionArguments, "generate": GenerateArguments, "step": StepArguments}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from qstar_bench import kernels
-from qstar_bench.kernels import costs, summary
-from qstar_kernels.compile_gate import Gate
+from qstar_bench.kernels import kernel_table
+from qstar_bench.kernels.compile_gate import Gate
+from qstar_bench.kernels.kernel_table import costs, summary
 
 from qstar.cli.main import main
 
@@ -38,7 +38,7 @@ def test_interrupted_it_tells_and_keeps_what_was_compiled(capsys, monkeypatch, t
         yield wanted[1], [ROW], []
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setattr(kernel_table, "compiled", compiled)
     assert main(["bench", "kernels", "--whole", "--append", str(tmp_path / "runs.jsonl")]) == 130
     out, err = capsys.readouterr()
     document = json.loads((tmp_path / "runs.jsonl").read_text())
@@ -48,7 +48,7 @@ def test_interrupted_it_tells_and_keeps_what_was_compiled(capsys, monkeypatch, t
 
 def test_a_kernel_that_must_not_ship_is_told_and_fails_the_command(capsys, monkeypatch):
     complaint = "rows-sm_90: 8 bytes of stack: registers are spilled"
-    monkeypatch.setattr(kernels, "compiled", lambda wanted, jobs: [(wanted[0], [ROW], [complaint])])
+    monkeypatch.setattr(kernel_table, "compiled", lambda wanted, jobs: [(wanted[0], [ROW], [complaint])])
     assert main(["bench", "kernels", "--kernel", "rows", "--chip", "sm_90", "--width", "64"]) == 1
     out, _ = capsys.readouterr()
     assert complaint in out.splitlines() and "passes the gate" not in out

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qstar_bench.memory_fit import USABLE, estimate, fit, largest
-from qstar_bench.memory_planner import CATEGORIES, plan
-from qstar_bench.memory_profile import measure
-from qstar_bench.memory_setup import StepArguments
-from qstar_bench.memory_tracker import STEP_PHASES
+from qstar_bench.memory.memory_fit import USABLE, estimate, fit, largest
+from qstar_bench.memory.memory_planner import CATEGORIES, plan
+from qstar_bench.memory.memory_profile import measure
+from qstar_bench.memory.memory_setup import StepArguments
+from qstar_bench.memory.memory_tracker import STEP_PHASES
 from qstar_bench.shapes import SHAPES, base_config
 
 from qstar import QuietStarConfig
@@ -61,7 +61,7 @@ def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
     thinking = replace(thinking, block_chunk=8 * thinking.slots)
     few = plan(SMALL, thinking, layers=1)
     assert few.chunks == (3, 6)
-    monkeypatch.setattr("qstar_bench.memory_planner.PLANNED_CHUNKS", 6)
+    monkeypatch.setattr("qstar_bench.memory.memory_planner.PLANNED_CHUNKS", 6)
     every = plan(SMALL, thinking, layers=1)
     assert every.chunks == (6, 6)
     assert abs(few.peak_bytes / every.peak_bytes - 1) < 0.02
@@ -133,7 +133,7 @@ def test_what_fits_on_a_card_is_the_largest_that_does():
 
 
 def test_on_a_card_that_is_too_small_nothing_fits(monkeypatch, capsys):
-    monkeypatch.setattr("qstar_bench.memory_plan.OPTIONS", ("tokens", "batch"))
+    monkeypatch.setattr("qstar_bench.memory.memory_plan.OPTIONS", ("tokens", "batch"))
     options = ["--tokens", "8", "--thought_length", "0", "--talk_length", "2", "--json", "true"]
     assert main(["memory", "plan", *options, "--card_gb", "0.01"]) == 0
     rows = json.loads(capsys.readouterr().out)["fits"]

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from browser import PHONE, Browser
-from qstar_bench import plots
-from qstar_bench.report import main
+from qstar_bench.report import plots
+from qstar_bench.report.report_command import main
 
 from qstar.cli.main import main as command_line
 
@@ -14,7 +14,7 @@ HOSTILE = "<script>console.error('run')</script><img src=https://example.org/x.p
 
 
 def a_run(bench="test", rows=({"name": "a", "value": 1.5},), **figures):
-    """A document as `qstar.runs.finish` makes it."""
+    """A document as `qstar.reporting.benchmark_record.finish` makes it."""
     machine = {"device": "cpu (Some Processor)", "threads": 2, "torch": "2.13.0", "commit": "abc1234+"}
     return {
         "bench": bench,

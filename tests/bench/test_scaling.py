@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from qstar_bench import scaling
-from qstar_bench.scaling import PRESETS, ScalingArguments, check, chosen, main, points
+from qstar_bench.training_step import scaling
+from qstar_bench.training_step.scaling import PRESETS, ScalingArguments, check, chosen, main, points
 
-from qstar.runs import WrongResultError
+from qstar.reporting.benchmark_record import WrongResultError
 
 
 def test_the_command_ends_with_its_run_and_chunks_need_less_memory(capsys, tmp_path):

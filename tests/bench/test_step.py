@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from qstar_bench import step, step_ways, timing
+from qstar_bench import timing
 from qstar_bench.flops import step_flops
-from qstar_bench.published import published_step
-from qstar_bench.step import main
-from qstar_bench.step_ways import StepArguments, build
 from qstar_bench.timing import PhaseClock
+from qstar_bench.training_step import step_speed, step_ways
+from qstar_bench.training_step.published import published_step
+from qstar_bench.training_step.step_speed import main
+from qstar_bench.training_step.step_ways import StepArguments, build
 from tiny_models import thinking_model, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,7 +47,7 @@ def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
 
 def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, capsys):
     rates = {torch.float32: 1e11, torch.bfloat16: 3e8}
-    monkeypatch.setattr(step, "matmul_flops", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(step_speed, "matmul_flops", lambda dtype, device: rates[dtype])
     monkeypatch.setitem(
         step_ways.PRESETS,
         "small",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qstar_kernels.compile_gate import KERNELS, Compiled, Gate, matrix
+from qstar_bench.kernels.compile_gate import KERNELS, Compiled, Gate, matrix
+from qstar_kernels.triton_common import interpreted
 from qstar_kernels.triton_forward import thought_forward
-from qstar_kernels.triton_rows import interpreted
 
 PART = [
     *(

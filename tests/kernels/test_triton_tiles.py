@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from qstar_kernels import resolve_impl, thought_attention
-from qstar_kernels.triton_rows import prefix_operands
+from qstar_kernels.triton_common import prefix_operands
 from qstar_kernels.triton_tiles import (
     CHIPS,
     HEAD_WIDTHS,

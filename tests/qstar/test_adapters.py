@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.callbacks import last_complete_checkpoint
 from qstar.data import collate
-from qstar.trainer import QuietStarTrainer
+from qstar.training.callbacks import last_complete_checkpoint
+from qstar.training.trainer import QuietStarTrainer
 
 IDS = tokens(2, 12)
 THOUGHTS = torch.randint(2, 60, (2, 11, 2, 3), generator=torch.Generator().manual_seed(5))

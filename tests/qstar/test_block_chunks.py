@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from qstar_bench.memory import peak_bytes
+from qstar_bench.memory.memory_measured import peak_bytes
 from tiny_models import base_model, thinking_model, tokens
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.phases import PHASES
-from qstar.profiling import traced
+from qstar.profiler_ranges import PHASES
+from qstar.reporting.profiling import traced
 
 
 def step(model, chunk, ids, **batch):

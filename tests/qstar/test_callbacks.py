@@ -17,8 +17,8 @@ from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainingArguments
 
 from qstar import QuietStarForCausalLM
-from qstar.callbacks import QuietStarCallback, last_complete_checkpoint
 from qstar.data import collate
+from qstar.training.callbacks import QuietStarCallback, last_complete_checkpoint
 
 ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(10))} for i in range(8)]
 

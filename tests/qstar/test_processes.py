@@ -14,7 +14,7 @@ from shared_batch import CASES, HYBRID_CASES, MESSAGES, SHARDED_CASES, WHOLE_CAS
 from tiny_models import thinking_model, tokens
 
 from qstar.data import collate
-from qstar.noise import rand
+from qstar.distributed_random import rand
 
 SUPPORT = Path(__file__).parents[1] / "support"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from qstar.profiling import traced
-from qstar.runs import OutputArguments, finish, machine
+from qstar.reporting.benchmark_record import OutputArguments, finish, machine
+from qstar.reporting.profiling import traced
 
 
 @dataclass

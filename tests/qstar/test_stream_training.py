@@ -16,9 +16,9 @@ from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainingArguments
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
-from qstar.callbacks import STATE, QuietStarCallback
 from qstar.cli.main import main
 from qstar.data import DataArguments, RowStream, collate
+from qstar.training.callbacks import STATE, QuietStarCallback
 
 TEXTS = made_up(80)
 SPAN = 24

@@ -14,10 +14,10 @@ from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qstar import QuietStarForCausalLM, checkpoint
-from qstar.callbacks import last_complete_checkpoint
 from qstar.data import collate
-from qstar.profiling import TraceSteps
-from qstar.trainer import NonFiniteError, QuietStarTrainer, _StopBeforeNonFinite
+from qstar.reporting.profiling import TraceSteps
+from qstar.training.callbacks import last_complete_checkpoint
+from qstar.training.trainer import NonFiniteError, QuietStarTrainer, _StopBeforeNonFinite
 
 ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(10))} for i in range(8)]
 

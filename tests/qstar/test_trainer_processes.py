@@ -13,7 +13,7 @@ import torch
 from trainer_run import SAVED, STEPS
 
 from qstar import QuietStarForCausalLM
-from qstar.callbacks import last_complete_checkpoint
+from qstar.training.callbacks import last_complete_checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
 # (processes, folder, whose Trainer, way, resumes)

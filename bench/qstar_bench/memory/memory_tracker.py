@@ -1,0 +1,268 @@
+"""A training step without its numbers: what it allocates, when, and what for.
+
+`Tracker` is a TorchDispatchMode under which new floating tensors are fake (torch's FakeTensorMode: shapes and
+dtypes, no memory), and so is all that is computed from them, while integer and bool tensors are real: the
+step's shapes depend on them, on which positions think and which targets count. A mask that comes out of fake
+numbers (`advantage > 0`) is a real one with a given share of True. Every storage, fake or real, is written
+down at its birth and at its death.
+
+torch's own MemTracker has neither these phases and categories nor a timeline, and cannot run this step: of
+plain fake tensors `mask.any()` and `x[mask]` have no value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from qstar.profiler_ranges import PHASES
+
+aten = torch.ops.aten
+BACKWARD, OPTIMISER = "qstar.backward", "qstar.optimiser"
+STEP_PHASES = (*PHASES, BACKWARD, OPTIMISER)
+_ENTER = torch.ops.profiler._record_function_enter_new.default
+_EXIT = torch.ops.profiler._record_function_exit._RecordFunction
+_COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")
+_BY_MASK = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What the shapes of an operator's results do not say.
+
+    workspace: of those of its arguments that this function names, by their names -> bytes held besides the
+    results while it runs; keys_values: its arguments that are K/V; keeps: whether its backward reads its
+    results too, so that they stay as long as its first operand.
+    """
+
+    workspace: Callable[..., int]
+    keys_values: tuple[str, ...] = ()
+    keeps: bool = False
+
+
+@dataclass
+class Storage:
+    """One allocation. born and died count events (died None: there at the end); range: the number and name of
+    the innermost named range it was made in, number 0 between two; category: None where only its lifetime
+    tells (see memory_planner.py)."""
+
+    nbytes: int
+    born: int
+    range: tuple[int, str]
+    category: str | None = None
+    died: int | None = None
+
+
+@dataclass
+class Log:
+    """Every allocation of a step; (event, name) at which each phase began, in order; and the event at which
+    each named range, by its number, ended."""
+
+    storages: list[Storage] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)
+    range_ends: dict[int, int] = field(default_factory=dict)
+    events: int = 0
+
+
+class Tracker(TorchDispatchMode):
+    """See above. one_in: of so many elements of a mask made from fake numbers one is True; operators: what is
+    known of operators beyond their results; round_to: every allocation is a multiple of so many bytes.
+
+    head_shape, set once it is known, is that of the head's weight [V, D]: floating tensors [..., V] are
+    logits, and [V, D] that are no parameters sums of its gradient.
+    """
+
+    def __init__(self, one_in: int, operators: dict[Any, Operator] | None = None, round_to: int = 1) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.log = Log()
+        self.head_shape: tuple[int, int] | None = None
+        self._one_in, self._operators, self._round_to = one_in, operators or {}, round_to
+        self._alive: dict[int, Storage] = {}
+        self._gathered: dict[int, weakref.ref] = {}  # weights that FSDP gathered: it empties and refills them
+        self._ranges: list[tuple[int, str]] = []  # number 0: a range of somebody else's
+        self._numbers = itertools.count(1)
+        self._phase = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with what this rank holds of it
+        kwargs = kwargs or {}
+        if func.namespace in _COLLECTIVES or func in (_ENTER, _EXIT):
+            self._measure_again()
+        if func is _ENTER:
+            self._enter(args[0])
+        elif func is _EXIT:
+            self._exit()
+        result = self._run(func, args, kwargs)
+        self._note(func, args, kwargs, result)
+        return result
+
+    # -- what runs
+
+    def _run(self, func, args, kwargs):
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(isinstance(x, FakeTensor) for x in inputs):
+            return self._run_real(func, args, kwargs, inputs)
+        if _writes_to_real(func, args):
+            return args[0]  # of numbers that do not exist: what is there stays
+        if func in _BY_MASK:
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        elif func is aten.masked_select.default:
+            x, mask = torch.broadcast_tensors(args[0], args[1])
+            func, args = aten.index.Tensor, (x, _without_masks([mask]))
+        with self.fake:
+            result = func(*args, **kwargs)
+        return tree_map_only(FakeTensor, self._real_if_integer, result)
+
+    def _run_real(self, func, args, kwargs, inputs):
+        if not inputs and func.namespace == "aten":
+            with self.fake:
+                made = func(*args, **kwargs)
+            if isinstance(made, Tensor) and made.dtype.is_floating_point:
+                return made
+        result = func(*args, **kwargs)
+        if func.overloadpacket in (aten.empty, aten.empty_strided, aten.new_empty, aten.empty_like):
+            result.zero_()  # token ids, of which some may never be written: see _writes_to_real
+        return result
+
+    def _real_if_integer(self, x: FakeTensor) -> Tensor:
+        if x.dtype.is_floating_point:
+            return x
+        made = torch.zeros(x.shape, dtype=x.dtype)
+        if x.dtype == torch.bool:
+            made.view(-1)[self._one_in - 1 :: self._one_in] = True
+        return made
+
+    # -- what is written down
+
+    def _enter(self, name: str) -> None:
+        self._ranges.append((next(self._numbers) if name in STEP_PHASES else 0, name))
+        self._begin_phase()
+
+    def _exit(self) -> None:
+        number, _ = self._ranges.pop()
+        if number:
+            self.log.range_ends[number] = self.log.events
+        self._begin_phase()
+
+    def _begin_phase(self) -> None:
+        outermost = next((name for number, name in self._ranges if number), self._phase)
+        if outermost != self._phase:  # what runs between two ranges belongs to the former
+            self._phase = outermost
+            self.log.phases.append((self.log.events, outermost))
+
+    def see(self, x: Tensor, category: str | None = None) -> Storage | None:
+        """Write down the storage of x, if it is new, and its category, if it has none. None: an empty one."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is None:
+            nbytes = self._rounded(storage.nbytes())
+            if not nbytes:
+                return None
+            known = self._born(nbytes)
+            self._alive[key] = known
+            weakref.finalize(storage, self._gone, key).atexit = False
+        if known.category is None:
+            known.category = category
+        return known
+
+    def _born(self, nbytes: int) -> Storage:
+        inside = next((r for r in reversed(self._ranges) if r[0]), (0, self._phase))
+        born = Storage(nbytes, self.log.events, inside)
+        self.log.storages.append(born)
+        self.log.events += 1
+        return born
+
+    def _gone(self, key: int) -> None:
+        self._gathered.pop(key, None)
+        self._dies(self._alive.pop(key))
+
+    def _dies(self, storage: Storage) -> None:
+        storage.died = self.log.events
+        self.log.events += 1
+
+    def _measure_again(self) -> None:
+        """Of gathered weights, whose storages are resized in place: an allocation each time."""
+        for key, reference in self._gathered.items():
+            known, storage = self._alive[key], reference()
+            nbytes = self._rounded(storage.nbytes())  # type: ignore[union-attr]
+            if nbytes != known.nbytes:
+                self._dies(known)
+                self._alive[key] = self._born(nbytes)
+                self._alive[key].category = "parameters"
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self._round_to) * self._round_to
+
+    def _note(self, func, args, kwargs, result) -> None:
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.see(x, self._category(func, args, x))
+        if func is torch.ops.fsdp.split_with_sizes_copy.default:
+            for x in kwargs["out"]:
+                self.see(x, "parameters")
+                self._gathered[x.untyped_storage()._cdata] = weakref.ref(x.untyped_storage())
+        operator = self._operators.get(func)
+        if operator is None:
+            return
+        named = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        asked = inspect.signature(operator.workspace).parameters
+        held = self._born(operator.workspace(**{name: named[name] for name in asked if name in named}))
+        held.category = "temporary"
+        self._dies(held)
+        for name in operator.keys_values:
+            self.see(named[name], "K/V")
+        if operator.keeps and args[0].untyped_storage().nbytes():
+            kept = [x.untyped_storage() for x in tree_leaves(result)]
+            weakref.finalize(args[0].untyped_storage(), kept.clear).atexit = False
+
+    def _category(self, func, args, x: Tensor) -> str | None:
+        if not x.dtype.is_floating_point or not x.ndim:
+            return None
+        if func is aten._to_copy.default and isinstance(args[0], Tensor):
+            source = self._alive.get(args[0].untyped_storage()._cdata)
+            if source is not None and source.category in ("parameters", "casts"):
+                return "casts"
+        if self.head_shape is not None:
+            if x.shape == self.head_shape:
+                return "gradients"
+            if x.shape[-1] == self.head_shape[0]:
+                return "logits"
+        return None
+
+
+def _writes_to_real(func, args) -> bool:
+    """Whether an operator would write fake numbers into a real tensor."""
+    first = func._schema.arguments[:1]
+    written = bool(first) and first[0].alias_info is not None and first[0].alias_info.is_write
+    return written and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor)
+
+
+def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The same places by integers: how many a fake mask would choose is unknown, and of a real one known."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found

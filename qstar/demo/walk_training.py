@@ -1,0 +1,202 @@
+"""The paper's premise in miniature: a language model that saw others show their steps learns to think
+silently.
+
+The embedded model continues on walks without any aside (town.py), in several conditions; what is measured is
+whether it knows the answer of walks that it has never seen.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from qstar.config import QuietStarConfig
+from qstar.data import collate, encode
+from qstar.demo import TINY_LM
+from qstar.demo.town import PLACES, STEPS, Walk, walks
+from qstar.evaluation.held_out import held_out
+from qstar.generation import QuietStarGenerateOutput
+from qstar.model import QuietStarForCausalLM
+from qstar.training.trainer import QuietStarTrainer, ThoughtProgress
+
+BATCH = 16
+LEARNING_RATE, MIXING_LEARNING_RATE = 1e-4, 1e-3
+
+
+def thinking(thought_length: int = STEPS, policy_weight: float = 1.0) -> QuietStarConfig:
+    """The method as the demo uses it: the policy term enters with weight 1 and no temperature, and `<start>`
+    and `<end>` learn as slowly as the rest, since they begin as the dash that the model knows already."""
+    return QuietStarConfig(
+        thought_length=thought_length,
+        talk_length=2,
+        num_thoughts=2,
+        policy_weight=policy_weight,
+        reinforce_temperature=1.0,
+        start_token=" —",
+        end_token=" —",
+        boundary_scale=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, and unseen walks to test with.
+
+    questions [walks, tokens], answers [walks], useful_thoughts [walks, STEPS], places [24], all int64 token
+    ids.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[dict]
+    test: list[Walk]
+    test_rows: list[dict]
+    questions: Tensor
+    answers: Tensor
+    useful_thoughts: Tensor
+    places: Tensor
+
+    @classmethod
+    def make(cls, seed: int, training_steps: int, test_walks: int) -> Task:
+        tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
+        test = walks(test_walks, seed="test", held_out=True)
+
+        def rows(of: list[Walk]) -> list[dict]:
+            documents = encode([walk.text() for walk in of], tokenizer)
+            return [{"input_ids": ids, "position_ids": list(range(len(ids)))} for ids in documents]
+
+        def ids(texts: list[str]) -> Tensor:
+            return torch.tensor(tokenizer(texts)["input_ids"])
+
+        return cls(
+            tokenizer=tokenizer,
+            rows=rows(walks(training_steps * BATCH, seed=f"train {seed}")),
+            test=test,
+            test_rows=rows(test),
+            questions=ids([walk.question for walk in test]),
+            answers=ids([f" {walk.answer}" for walk in test])[:, 0],
+            useful_thoughts=ids([f" {walk.useful_thought}" for walk in test]),
+            places=ids([f" {place}" for place in PLACES])[:, 0],
+        )
+
+
+def before(task: Task, config: QuietStarConfig, base: str | Path = TINY_LM) -> QuietStarForCausalLM:
+    """The embedded model, or that of another folder with its tokenizer, ready to think (w = 0)."""
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    return QuietStarForCausalLM.from_base(loaded, config, tokenizer=task.tokenizer).eval()
+
+
+def train(task: Task, config: QuietStarConfig | None, seed: int) -> PreTrainedModel:
+    """The embedded model after one pass over the task's rows; config None is the control: no thoughts, all
+    else equal."""
+    set_seed(seed)
+    if config is None:
+        return fit(AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32"), task, seed)
+    return fit(before(task, config), task, seed)
+
+
+def fit(
+    model: PreTrainedModel, task: Task, seed: int, callbacks: list[TrainerCallback] | None = None
+) -> PreTrainedModel:
+    """The same model, after one pass over the task's rows."""
+    return fit_rows(model, task.rows, seed, callbacks)
+
+
+def fit_rows(
+    model: PreTrainedModel, rows: list[dict], seed: int, callbacks: list[TrainerCallback] | None = None
+) -> PreTrainedModel:
+    """The same model, after one pass over the rows, BATCH at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            use_cpu=True,
+            disable_tqdm=False,
+        )
+        common: dict[str, Any] = {
+            "model": model,
+            "args": arguments,
+            "train_dataset": rows,
+            "data_collator": collate,
+            "callbacks": callbacks,
+        }
+        trainer: Trainer
+        if isinstance(model, QuietStarForCausalLM):
+            trainer = QuietStarTrainer(mixing_learning_rate=MIXING_LEARNING_RATE, **common)
+        else:
+            trainer = Trainer(**common)
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(ThoughtProgress())
+        trainer.train()
+    return model.eval()
+
+
+@torch.no_grad()
+def direct_accuracy(model: PreTrainedModel, task: Task) -> float:
+    """Share of the unseen walks whose answer is the likeliest of all places right after the question (and
+    after a greedy thought, where the model thinks)."""
+    if isinstance(model, QuietStarForCausalLM):
+        result = _answers(model, task, thought_temperature=0.0, output_logits=True)
+        assert result.logits is not None
+        scores = result.logits[:, 0]
+    else:
+        scores = model(input_ids=task.questions).logits[:, -1]
+    said = task.places[scores[:, task.places].argmax(-1)]
+    return float((said == task.answers).float().mean())
+
+
+def _answers(
+    model: QuietStarForCausalLM, task: Task, count: int | None = None, **options: Any
+) -> QuietStarGenerateOutput:
+    """What the model says after the questions, one token unless asked for more."""
+    options = {"max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(task.questions[:count], return_dict_in_generate=True, **options)
+
+
+def useful_share(model: QuietStarForCausalLM, task: Task, seed: int = 0) -> float:
+    """Share of the thoughts sampled at the end of the questions that spell the whole walk out."""
+    source = torch.Generator().manual_seed(seed)
+    drawn = _answers(model, task, thought_length=STEPS, thought_temperature=1.0, generator=source)
+    return float((drawn.thoughts[:, 0] == task.useful_thoughts).all(-1).float().mean())
+
+
+def mixed_nll(model: QuietStarForCausalLM, task: Task) -> float:
+    """Mean NLL of the unseen walks' tokens with greedy thoughts, in nats."""
+    return float(held_out(model, task.test_rows, batch_size=BATCH).mixed_nll.mean())
+
+
+def examples(model: QuietStarForCausalLM, task: Task, count: int = 3) -> list[dict[str, str]]:
+    """Generated answers of the first unseen walks, with the thought before the answer."""
+    result = _answers(model, task, count, max_new_tokens=2, thought_temperature=0.0)
+    decode = task.tokenizer.decode
+    return [
+        {
+            "question": walk.question,
+            "thought": decode(thoughts[0]).strip(),
+            "answer": decode(tokens).strip(),
+            "right": walk.answer,
+        }
+        for walk, thoughts, tokens in zip(task.test, result.thoughts, result.new_tokens)
+    ]

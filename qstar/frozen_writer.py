@@ -1,0 +1,64 @@
+"""The frozen writer of thoughts: the base model as it was before it learned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qstar import peft_adapters
+from qstar.boundary import BoundaryEmbeddings
+
+
+class FrozenWriter(nn.Module):
+    """A base model without its adapter, and its boundary embeddings, as they were when this was made.
+
+    Each parameter is the model's own one until that is about to learn, and only then copied (`keep`): a
+    writer beside a frozen base model or an adapter needs no memory, and one beside a model whose last layers
+    learn needs those alone. A state dict has the copies and nothing that is shared.
+    """
+
+    def __init__(self, base: PreTrainedModel, boundary: BoundaryEmbeddings):
+        super().__init__()
+        shared = {id(x): x for part in (base, boundary) for x in (*part.parameters(), *part.buffers())}
+        self.base: PreTrainedModel = peft_adapters.without(copy.deepcopy(base, dict(shared)))
+        self.boundary: BoundaryEmbeddings = copy.deepcopy(boundary, dict(shared))
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        # by the first of its names: what is tied stays tied
+        self._shared = {x: (p, names[id(p)]) for x, p in self.named_parameters()}
+        self._kept: set[str] = set()
+        self.register_state_dict_post_hook(_leave_shared_out)
+        self.register_load_state_dict_pre_hook(_take_copies_over)
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have copies of those among the model's parameters that are still shared, before they change."""
+        changing = {id(p) for p in parameters}
+        self._keep_only(self._kept | {name for name, (p, _) in self._shared.items() if id(p) in changing})
+
+    def _keep_only(self, kept: set[str]) -> None:
+        for first in kept ^ self._kept:
+            parameter, names = self._shared[first]
+            if first in kept:
+                parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name in names:
+                path, _, last = name.rpartition(".")
+                setattr(self.get_submodule(path), last, parameter)
+        self._kept = kept
+
+
+def _leave_shared_out(writer: FrozenWriter, state: dict, prefix: str, metadata: dict) -> None:
+    for name in [x for x in state if x.startswith(prefix) and x.removeprefix(prefix) not in writer._kept]:
+        del state[name]
+
+
+def _take_copies_over(writer: FrozenWriter, state: dict, prefix: str, *unused) -> None:
+    """What is shared is not in the state: it is loaded with the model, and missed by nobody."""
+    given = {name for name in writer._shared if prefix + name in state}
+    if given:
+        writer._keep_only(given)
+    for name, parameter in writer.named_parameters(remove_duplicate=False):
+        state.setdefault(prefix + name, parameter.detach())

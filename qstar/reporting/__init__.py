@@ -1,0 +1,1 @@
+"""What measurements and commands print and keep: tables, records, traces."""
