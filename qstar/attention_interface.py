@@ -1,9 +1,10 @@
-"""The adapter to transformers' attention and mask interfaces: no model code is touched.
+"""Plug thought attention into transformers' attention and mask interfaces; no model code is touched.
 
 A model whose attention goes through the interface calls the function registered here under the name in its
-config and hands it every extra keyword of `model.forward`. We pass one keyword, `thought_pass`: an immutable
-object that says what this pass is. Each pass has its own, because under gradient checkpointing a layer runs
-again during backward, long after the next pass has begun.
+config and hands it every extra keyword of `model.forward`. We pass one keyword, `thought_pass`: a `TextPass`,
+which records the K/V of every layer, or a `BlockPass`, which attends over them. Every pass has an object of
+its own, because under gradient checkpointing a layer runs again during backward, long after the next pass has
+begun.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ _PREFIX = "qstar_over_"
 
 
 class TextPass:
-    """The pass over the text: the model's own attention, whose K/V of every layer are kept with their
-    graph.
+    """Attend inside the text as the model itself does, and record the K/V of every layer with their graph.
 
     segment [B, T] int64 names the text that each token lies in. Most models keep packed texts apart by their
     position ids; some (opt) do not look at them, so the mask of every model is cut to the segments here.
@@ -37,7 +37,7 @@ class TextPass:
 
     def __init__(self, segment: Tensor) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._whole = False  # the pass has ended; a layer that comes again is gradient checkpointing's
+        self._whole = False  # True: the pass has ended, and a layer that runs again is being checkpointed
         self._segment = segment if bool((segment != segment[:, :1]).any()) else None
         self._masks: list[tuple[Tensor | None, Tensor]] = []  # (the model's mask, the same cut to segments)
 
@@ -50,7 +50,7 @@ class TextPass:
         return own(module, q, k, v, self._apart(mask), **options)
 
     def _apart(self, mask: Tensor | None) -> Tensor | None:
-        """The model's mask [B, 1, T, T], bool or added to the scores (None: causal), within the segments."""
+        """Cut the model's mask [B, 1, T, T], bool or added to the scores (None: causal), to the segments."""
         if self._segment is None:
             return mask
         for given, cut in self._masks:  # all layers of a kind share one
@@ -67,7 +67,7 @@ class TextPass:
         return cut
 
     def keys_values(self, layers: int) -> TextKeysValues:
-        """(k, v) [B, T, Hkv, D] of each layer. Raises ValueError when a layer bypassed the interface."""
+        """Return (k, v) [B, T, Hkv, D] of each layer. Raises ValueError if a layer bypassed the interface."""
         self._whole = True
         if sorted(self._layers) != list(range(layers)):
             raise ValueError(
@@ -80,10 +80,11 @@ class TextPass:
 
 @dataclass(frozen=True)
 class BlockPass:
-    """A pass over the slots of all blocks: [B, N * Lq] tokens, block after block.
+    """Attend from the slots of all blocks, [B, N * Lq] tokens block after block, to prefix and own block.
 
-    text: K/V of the prefix; prefix_start, prefix_end [B, N] int32; slots: the cache of earlier slots, or None
-    when all slots are in this pass; first: the slot that the pass begins with; impl: of `thought_attention`.
+    text: K/V of the prefix; prefix_start, prefix_end [B, N] int32; slots: the cache that this pass reads and
+    extends, or None when all slots are in this pass; first: the slot that it begins with; impl: that of
+    `thought_attention`.
     """
 
     text: TextKeysValues
@@ -110,16 +111,15 @@ class BlockPass:
         if self.slots is not None:
             k, v = self.slots.extend(layer, self.first, k, v)
         k_prefix, v_prefix = self.text[layer]
-        # rotary embeddings leave q and k in fp32 under autocast; the model's own attention casts them back
-        # too
+        # under autocast, rotary embeddings leave q and k in fp32; the model's own attention casts them too
         autocast = torch.is_autocast_enabled(q.device.type)
         dtype = torch.get_autocast_dtype(q.device.type) if autocast else v.dtype
         q, k, v, k_prefix, v_prefix = (x.to(dtype) for x in (q, k, v, k_prefix, v_prefix))
-        # a layer that names its window names it truly; a module's own may be unused in this layer
+        # the window that the layer passes on is the one it uses; the module's attribute may be unused
         window = options.get("sliding_window", getattr(module, "sliding_window", None))
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        # multi-head latent attention has narrower values than keys; the operator knows one width
+        # multi-head latent attention has values narrower than its keys; the operator knows one width
         own_width, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
         q, k, v, k_prefix, v_prefix = (_widened(x, width) for x in (q, k, v, k_prefix, v_prefix))
         out, _ = thought_attention(
@@ -140,7 +140,7 @@ class BlockPass:
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
-    """Zeros added to the last dimension: scores and the first columns of the output stay what they are."""
+    """Pad the last dimension with zeros: neither scores nor the first columns of the output change."""
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
@@ -165,15 +165,14 @@ for _name in TEXT_ATTENTION:
 
 
 def use_thought_attention(model: PreTrainedModel) -> None:
-    """Let a model's attention understand our passes; without one it attends exactly as before."""
+    """Teach a model's attention our passes; without a pass it attends exactly as before. Raises ValueError for
+    an unsupported model or attn_implementation."""
     check_supported(model)
     current = model.config._attn_implementation or "sdpa"
     if current.startswith(_PREFIX):
         return
     if current == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        current = (
-            "eager"  # sdpa has no soft-cap: transformers itself refuses it, or once dropped it in silence
-        )
+        current = "eager"  # sdpa has no soft-cap; some versions of transformers dropped it in silence
     if current not in TEXT_ATTENTION:
         raise ValueError(f"attn_implementation = {current!r}: must be one of {TEXT_ATTENTION}")
     model.set_attn_implementation(_PREFIX + current)

@@ -1,5 +1,5 @@
-"""Checkpoints: the base model in its stock format (or its adapter alone, in peft's), one safetensors and one
-json for the thought parts beside it.
+"""Write and read checkpoints: the base model in its stock format (or its adapter alone, in peft's), and
+beside it one safetensors and one json file for the thought parts.
 
 A save is written to a folder inside the target, flushed, then made valid by one rename and moved into place.
 A crash before the rename leaves the previous checkpoint; a crash after it is finished by the next load or
@@ -12,26 +12,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qstar import peft_adapters
 from qstar.config import QuietStarConfig
 
-if TYPE_CHECKING:
-    from qstar.model import QuietStarForCausalLM
-
 TENSORS = "quiet_star.safetensors"
 DESCRIPTION = "quiet_star.json"
 _STAGING, _COMMIT, _MANIFEST = ".staging", ".commit", "manifest.json"
-_THOUGHT_PARTS = ("boundary.", "mixing.", "writer.")
+THOUGHT_PARTS = ("boundary.", "mixing.", "writer.")  # what the names of their tensors begin with
 _SAMPLE = 1 << 20
 
 
@@ -95,8 +92,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """sha256 over name, size, first and last MiB of every weight file of the base model, or of its adapter,
-    in a folder."""
+    """Return the sha256 over name, size, first and last MiB of every weight file of the base model, or of its
+    adapter, in a folder."""
     digest = hashlib.sha256()
     for path in _weight_files(Path(folder)):
         size = path.stat().st_size
@@ -109,41 +106,50 @@ def fingerprint(folder: str | os.PathLike) -> str:
 
 
 def save(
-    model: QuietStarForCausalLM, folder: str | os.PathLike, state_dict: dict | None = None, **options
+    folder: str | os.PathLike,
+    base: PreTrainedModel,
+    state: dict[str, Tensor],
+    config: QuietStarConfig,
+    **options,
 ) -> None:
-    """Write a whole checkpoint; options go to the base model's save_pretrained. Of a base model with an
-    adapter, the adapter is written and the base model's own weights are not."""
-    state = model.state_dict() if state_dict is None else state_dict
+    """Write a whole checkpoint; state: the tensors of the whole model, by its names.
+
+    options go to the base model's save_pretrained. Of a base model with an adapter, the adapter is written
+    and the base model's own weights are not.
+    """
     base_state = {name.removeprefix("base."): x for name, x in state.items() if name.startswith("base.")}
-    parts = {name: x.contiguous() for name, x in state.items() if name.startswith(_THOUGHT_PARTS)}
+    parts = {name: x.contiguous() for name, x in state.items() if name.startswith(THOUGHT_PARTS)}
     with atomic_update(folder) as staging:
         try:
-            if peft_adapters.adapter_name(model.base) is None:
-                model.base.save_pretrained(staging, state_dict=base_state, **options)
+            if peft_adapters.adapter_name(base) is None:
+                base.save_pretrained(staging, state_dict=base_state, **options)
             else:
-                peft_adapters.save(model.base, base_state, staging, Path(folder))
+                peft_adapters.save(base, base_state, staging, Path(folder))
             save_file(parts, staging / TENSORS, metadata={"format": "pt"})
         except SafetensorError as error:  # its writer hides a full disk in an error of its own
             raise OSError(f"{str(folder)!r}: cannot be written: {error}") from error
-        description = {"base": fingerprint(staging), "config": asdict(model.quiet_star)}
-        (staging / DESCRIPTION).write_text(
-            json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8"
-        )
+        description = {"base": fingerprint(staging), "config": asdict(config)}
+        (staging / DESCRIPTION).write_text(_as_json(description), encoding="utf-8")
+
+
+def _as_json(description: dict) -> str:
+    return json.dumps(description, indent=2, ensure_ascii=False)
 
 
 def save_config(config: QuietStarConfig, folder: str | os.PathLike) -> None:
-    """Give a checkpoint other knobs; its tensors stay. Raises ValueError when it has none."""
+    """Replace the config of a checkpoint; its tensors stay. Raises ValueError for a folder without one."""
     read(folder)
     path = Path(folder) / DESCRIPTION
     description = json.loads(path.read_text(encoding="utf-8")) | {"config": asdict(config)}
     written = path.with_suffix(".new")
-    written.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+    written.write_text(_as_json(description), encoding="utf-8")
     _flush(written)
     os.replace(written, path)
 
 
 def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]:
-    """The thought parts of a checkpoint. Raises ValueError when it has none, or the base model is another."""
+    """Read the config and the thought parts of a checkpoint. Raises ValueError for a folder without them, and
+    where the base model is not the one that they were trained with."""
     if not Path(folder).is_dir():
         raise ValueError(f"path = {str(folder)!r}: no such folder")
     finish_update(folder)
@@ -168,15 +174,18 @@ def read(folder: str | os.PathLike) -> tuple[QuietStarConfig, dict[str, Tensor]]
         raise ValueError(f"path = {str(folder)!r}: {TENSORS} cannot be read: {error}") from error
 
 
-def load_thought_parts(
-    model: QuietStarForCausalLM, tensors: dict[str, Tensor], source: str | os.PathLike
+def check_fits(
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    optional: Mapping[str, Tensor],
+    source: str | os.PathLike,
 ) -> None:
-    """Raises ValueError when a tensor is missing, left over, or of another shape."""
-    own = {name: x for name, x in model.state_dict().items() if name.startswith(_THOUGHT_PARTS)}
-    if model.writer is not None:  # a frozen writer has tensors for what has learned
-        written = {f"writer.{name}": x for name, x in model.writer.named_parameters()}
-        own |= {name: x for name, x in written.items() if name in tensors}
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
+    """Raise ValueError when a tensor of a checkpoint is missing, left over, or of another shape.
+
+    own: the thought parts of the model that takes them; optional: those that a checkpoint may hold besides.
+    """
+    wanted = {**own} | {name: x for name, x in optional.items() if name in tensors}
+    wrong = sorted(set(wanted) ^ set(tensors))
+    wrong = wrong or sorted(name for name, x in wanted.items() if x.shape != tensors[name].shape)
     if wrong:
         raise ValueError(f"path = {str(source)!r}: {TENSORS} does not fit the base model, in {wrong}")
-    model.load_state_dict(tensors, strict=False)

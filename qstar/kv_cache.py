@@ -1,4 +1,4 @@
-"""Keys and values kept between passes: those of the text, and those of the slots written so far.
+"""Keep keys and values between passes: those of the text, and those of the slots written so far.
 
 Layouts are the operator's: [B, T, Hkv, D] for a text, [B, N, L, Hkv, D] for blocks of slots.
 """
@@ -12,15 +12,14 @@ TextKeysValues = tuple[tuple[Tensor, Tensor], ...]  # (k, v) of each layer, [B, 
 
 
 class SlotCache:
-    """K/V of the slots of all blocks, layer by layer, in buffers of full length (no gradient)."""
+    """Hold the K/V of the slots of all blocks, layer by layer, in buffers of full length (no gradient)."""
 
     def __init__(self, slots: int):
         self.slots = slots
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, N, Lq, Hkv, D] at slots [first, first + Lq); returns those of slots [0, first +
-        Lq)."""
+        """Write k, v [B, N, Lq, Hkv, D] at slots [first, first + Lq); return those of [0, first + Lq)."""
         if layer not in self._buffers:
             B, N, _, H, _ = k.shape
             shape = (B, N, self.slots, H)
@@ -34,10 +33,10 @@ class SlotCache:
 
 
 class TextCache:
-    """K/V of a growing text, in buffers of full length (no gradient): what generation extends token by token.
+    """Hold the K/V of a text that generation extends token by token, in buffers of full length (no gradient).
 
-    The rows may grow unevenly: a token is written to a column of its own row, and what was written there
-    before (the K/V of a draft that was not kept) is gone.
+    Rows may grow unevenly: each token goes to a column of its own row and overwrites what was there, the K/V
+    of a draft that was not kept.
     """
 
     def __init__(self, text: TextKeysValues, length: int):
@@ -46,15 +45,15 @@ class TextCache:
             pair = tuple(x.new_empty(x.shape[0], length, *x.shape[2:]) for x in (k, v))
             for buffer, given in zip(pair, (k, v)):
                 buffer[:, : given.shape[1]] = given
-                buffer[:, given.shape[1] :] = 0  # a row's unwritten columns are masked, but must be numbers
+                buffer[:, given.shape[1] :] = 0  # unwritten columns are masked, but must not be NaN
             self._buffers.append(pair)
 
     def read(self, columns: int) -> TextKeysValues:
-        """Of the first columns."""
+        """Return the K/V of the first columns."""
         return tuple((k[:, :columns], v[:, :columns]) for k, v in self._buffers)
 
     def write(self, slots: SlotCache, column: Tensor) -> None:
-        """Slot 0 of a cache of one block becomes column [B] of each row."""
+        """Write slot 0 of a cache with one block a row to column [B] of each row."""
         row = torch.arange(len(column), device=column.device)
         for layer, buffers in enumerate(self._buffers):
             for buffer, new in zip(buffers, slots._buffers[layer]):

@@ -1,4 +1,4 @@
-"""Sampling the thoughts: one slot of every block at a time, on the K/V of the text, without gradient."""
+"""Sample thoughts: one slot of every block at a time, on the K/V of the text, without gradient."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""One training step: from a batch to its loss and metrics.
+"""Run one training step: from a batch to its loss and metrics.
 
-Thoughts are read all at once, or, with `block_chunk`, some positions at a time under activation
-checkpointing: blocks meet only in the keys and values of the prefix, so both give the same loss and
-gradients, and the peak memory of the latter grows neither with thoughts nor with positions.
+Thoughts are read all at once or, with `block_chunk`, some positions at a time under activation checkpointing.
+Blocks meet only in the K/V of the prefix, so both give the same loss and gradients; with chunks, peak memory
+grows neither with thoughts nor with positions. Legend: B rows, T tokens in a row, P thinking positions in a
+row, R thoughts per position, k thought tokens, m talk tokens, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from qstar_kernels.vocabulary import (
@@ -27,21 +27,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qstar import objective
+from qstar.config import QuietStarConfig
 from qstar.distributed_random import rand
 from qstar.kv_cache import TextKeysValues
 from qstar.layout import IGNORE, TextRows, ThoughtLayout
 from qstar.profiler_ranges import LOSS, phase
+from qstar.thinker import Thinker, Thoughts
 
-if TYPE_CHECKING:
-    from qstar.model import QuietStarForCausalLM
-
-TALK_TARGETS = 256  # that are predicted by a thought alone only to be looked at: a few rows of logits
+# targets that are predicted after the thought alone where that enters no loss, for the metric talk_gain
+TALK_TARGETS = 256
 
 
 @dataclass
 class QuietStarOutput(ModelOutput):
-    """loss: scalar, to call backward on; metrics: detached scalars by name; nll_loss, policy_loss: the two
-    weighted parts of the loss, with their graph."""
+    """Hold what `forward` returns: loss, the scalar to call backward on; metrics, detached scalars by name;
+    nll_loss and policy_loss, the two weighted parts of the loss, with their graph."""
 
     loss: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
@@ -50,26 +50,12 @@ class QuietStarOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class Thoughts:
-    """What thinking gives, at the positions of `layout` (P of them, R thoughts at each, N = P * R).
-
-    tokens [B, P, R, k] int64; slot_hidden [B, P, R, L, D], all slots after the final norm; talk_hidden
-    [B, P, R, m, D], its last m; base_hidden [B, P, 1, m, D] of x_{t+j}; mix_weight [B, P, R, m] fp32.
-    """
-
-    layout: ThoughtLayout
-    tokens: Tensor
-    slot_hidden: Tensor
-    talk_hidden: Tensor
-    base_hidden: Tensor
-    mix_weight: Tensor
-
-
-@dataclass(frozen=True)
 class _Scores:
-    """What the thoughts' part of the loss is made of: mixed_loss, talk_loss and policy with their graph;
-    mixed and talk (NLLs; talk is NaN where it was not looked at), mix_weight [B, P, R, m], reward and
-    advantage [B, P, R] without."""
+    """The thoughts' part of the loss and its metrics.
+
+    mixed_loss, talk_loss, policy: scalars with their graph; without it: mixed, talk (NLL in nats; talk is NaN
+    where it was not computed) and mix_weight [B, P, R, m], reward and advantage [B, P, R].
+    """
 
     mixed_loss: Tensor
     talk_loss: Tensor
@@ -83,8 +69,8 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Share:
-    """How much of the whole batch's loss the means of this part of it are: factors of the base NLL, the mixed
-    NLL and the policy loss; items: of `objective.mixed_weights`."""
+    """The weight of this part of a batch in the loss of the whole: factors of the base NLL, the mixed NLL and
+    the policy loss; items: see `objective.mixed_weights`."""
 
     base: Tensor | float = 1.0
     mixed: Tensor | float = 1.0
@@ -117,18 +103,21 @@ class _Share:
         return cls(base=share[0], policy=share[-1], items=(own[1:-1], whole[1:-1]))
 
 
-# base hidden, thought hidden, w, head, targets: of `mixed_nll`
+# the arguments of `mixed_nll`: base hidden, thought hidden, w, head, targets
 _Mixture = tuple[Tensor, Tensor, Tensor, LinearHead, Tensor]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch after the pass over its text; next_label [B, T]: the target of each position, 0 where it has
-    none; base_nll [B, T] fp32 without gradient; talk_stride: every so many targets are also predicted by the
-    thought alone, all of them where that enters the loss; write: (part of the layout, its positions) -> the
-    thoughts there."""
+    """A batch whose text has been read.
 
-    model: QuietStarForCausalLM
+    text_hidden [B, T, D] and text: from `Thinker.read_text`; next_label [B, T] int64: the target of each
+    position, 0 where it has none; base_nll [B, T] fp32 nats, without gradient; talk_stride: one in so many
+    targets is also predicted after the thought alone; write: (part of the layout, its positions) -> its
+    thoughts [B, p, R, k].
+    """
+
+    thinker: Thinker
     head: LinearHead
     input_ids: Tensor
     text_hidden: Tensor
@@ -139,18 +128,21 @@ class _Step:
     share: _Share
     write: Callable[[ThoughtLayout, slice], Tensor]
 
+    @property
+    def config(self) -> QuietStarConfig:
+        return self.thinker.config
+
     def at(self, values: Tensor, layout: ThoughtLayout) -> Tensor:
-        """[B, T] -> [B, P, 1, m] at the tokens whose prediction is mixed."""
+        """Gather values [B, T] at the tokens whose prediction is mixed: [B, P, 1, m]."""
         B, P, m = layout.talk_index.shape
         return values.gather(1, layout.talk_index.flatten(1)).view(B, P, 1, m)
 
     def read(self, layout: ThoughtLayout, thoughts: Tensor) -> Thoughts:
-        return self.model.read_thoughts(
-            self.input_ids, self.text_hidden, self.text, layout, thoughts, self.model.quiet_star
-        )
+        return self.thinker.read_thoughts(self.input_ids, self.text_hidden, self.text, layout, thoughts)
 
     def mixture(self, thought: Thoughts) -> tuple[Tensor, _Mixture, Callable[[Tensor], Tensor]]:
-        """(every [B, P, R, m] bool, what `mixed_nll` takes at those, how to lay out what it gives)."""
+        """Choose the mixed predictions that have a target: (which, [B, P, R, m] bool; the arguments of
+        `mixed_nll` there; the function that lays its result out again)."""
         layout, (B, P, R, m) = thought.layout, thought.mix_weight.shape
         every = layout.target_valid[:, :, None].expand(B, P, R, m)
         operands = (
@@ -163,74 +155,55 @@ class _Step:
         return every, operands, lambda x: x.new_zeros(every.shape).masked_scatter(every, x)
 
     def talk_nll(self, every: Tensor, operands: _Mixture) -> Tensor:
-        """NLL after the thought alone [B, P, R, m], with gradient where it enters the loss; NaN where it was
-        not looked at."""
+        """Return the NLL after the thought alone [B, P, R, m], with gradient where it enters the loss; NaN
+        where it is not computed."""
         _, talk_hidden, _, head, targets = operands
         looked = slice(None, None, self.talk_stride)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.quiet_star.talk_weight > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.talk_weight > 0):
             found = nll(talk_hidden[looked], head, targets[looked])
         flat = found.new_full(targets.shape, torch.nan)
         flat[looked] = found
         return found.new_full(every.shape, torch.nan).masked_scatter(every, flat)
 
+    def talk_loss(self, talk: Tensor, layout: ThoughtLayout) -> Tensor:
+        if not self.config.talk_weight:
+            return talk.new_zeros(())
+        return objective.mixed_loss(talk, layout.target_valid[:, :, None], self.share.items)[0]
+
     def reward(self, layout: ThoughtLayout, mixed: Tensor) -> Tensor:
         return objective.reward(self.at(self.base_nll, layout), mixed, layout.target_valid[:, :, None])
 
     def written(self, thought: Thoughts, chosen: Tensor) -> dict:
-        """What the policy's NLL of the chosen thoughts [B, P, R] bool takes: slot i predicts c_{i+1}."""
+        """Return the arguments of the policy's NLL of the chosen thoughts [B, P, R] bool: slot i predicts
+        c_{i+1}."""
         k = thought.tokens.shape[-1]
         return {
             "hidden": thought.slot_hidden[..., :k, :][chosen].flatten(0, 1),
             "head": self.head,
-            "temperature": self.model.quiet_star.reinforce_temperature,
-            "suppress": self.model.suppress,
+            "temperature": self.config.reinforce_temperature,
+            "suppress": self.thinker.suppress,
         }
 
 
-def _taking(thoughts: Tensor) -> Callable[[ThoughtLayout, slice], Tensor]:
-    return lambda part, at: thoughts[:, at]
-
-
-def _sampling(
-    model: QuietStarForCausalLM,
-    input_ids: Tensor,
-    text: TextKeysValues,
-    layout: ThoughtLayout,
-    generator: torch.Generator | None,
-) -> Callable[[ThoughtLayout, slice], Tensor]:
-    config, (B, N), R = model.quiet_star, layout.prefix_end.shape, layout.num_thoughts
-    # drawn for all chunks at once: the thoughts do not depend on the chunks
-    uniform = rand(config.thought_length, B, N, generator, input_ids.device, torch.float64)
-    written_on = model.authors_text(input_ids, layout.rows, text)
-
-    def write(part: ThoughtLayout, at: slice) -> Tensor:
-        numbers = uniform[:, :, at.start * R : at.stop * R]
-        return model.sample_thoughts(written_on, part, config, uniform=numbers)
-
-    return write
-
-
 def training_step(
-    model: QuietStarForCausalLM,
+    thinker: Thinker,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
+    rows: TextRows,
+    labels: Tensor,
     generator: torch.Generator | None = None,
-    position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     thoughts: Tensor | None = None,
     think_mask: Tensor | None = None,
 ) -> QuietStarOutput:
-    """See `QuietStarForCausalLM.forward`."""
-    config = model.quiet_star
-    rows = TextRows.from_batch(input_ids, attention_mask, position_ids)
-    labels = rows.labels(input_ids, labels)
+    """Read the text, write thoughts, read them, and score all of it; arguments as of
+    `QuietStarForCausalLM.forward`, with the texts of its rows and their labels [B, T]."""
+    config = thinker.config
     predicts = rows.predicts(labels)
     if not bool(predicts.any()):
         raise ValueError("labels: there is no target in this batch; every label is -100 or first of its text")
-    head = model.head
-    text_hidden, text = model.read_text(input_ids, rows)
+    text_hidden, text = thinker.read_text(input_ids, rows)
 
+    head = thinker.linear_head()
     next_label = torch.where(predicts, labels.roll(-1, dims=1), 0)
     targets = next_label[predicts]
     mean = torch.full(targets.shape, 1 / len(targets), device=targets.device)
@@ -250,8 +223,10 @@ def training_step(
     targets_in_all = layout.num_thoughts * int(layout.target_valid.sum())
     stride = 1 if config.talk_weight else -(-targets_in_all // TALK_TARGETS)
     share = _Share.of(num_items_in_batch, rows, labels, think_mask, config.talk_length)
-    write = _sampling(model, input_ids, text, layout, generator) if thoughts is None else _taking(thoughts)
-    step = _Step(model, head, input_ids, text_hidden, text, next_label, base_nll, stride, share, write)
+    write = (
+        _taking(thoughts) if thoughts is not None else _sampling(thinker, input_ids, text, layout, generator)
+    )
+    step = _Step(thinker, head, input_ids, text_hidden, text, next_label, base_nll, stride, share, write)
     if config.chunk_positions is None:
         scores = _all_at_once(step, layout)
     else:
@@ -269,9 +244,32 @@ def training_step(
     )
 
 
+def _taking(thoughts: Tensor) -> Callable[[ThoughtLayout, slice], Tensor]:
+    return lambda part, at: thoughts[:, at]
+
+
+def _sampling(
+    thinker: Thinker,
+    input_ids: Tensor,
+    text: TextKeysValues,
+    layout: ThoughtLayout,
+    generator: torch.Generator | None,
+) -> Callable[[ThoughtLayout, slice], Tensor]:
+    k, (B, N), R = thinker.config.thought_length, layout.prefix_end.shape, layout.num_thoughts
+    # drawn for all chunks at once: the thoughts do not depend on the chunks
+    uniform = rand(k, B, N, generator, input_ids.device, torch.float64)
+    written_on = thinker.authors_text(input_ids, layout.rows, text)
+
+    def write(part: ThoughtLayout, at: slice) -> Tensor:
+        return thinker.sample_thoughts(written_on, part, uniform=uniform[:, :, at.start * R : at.stop * R])
+
+    return write
+
+
 def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
-    """The weights of every NLL are known when it is made, so one pass over its logits gives gradients too."""
-    config = step.model.quiet_star
+    """Score all thoughts in one pass. Every NLL's weight is known before it is computed, so one pass over its
+    logits gives its gradients too."""
+    config = step.config
     thoughts = step.write(layout, slice(0, layout.positions.shape[1]))
     thought = step.read(layout, thoughts)
     with phase(LOSS):
@@ -291,26 +289,20 @@ def _all_at_once(step: _Step, layout: ThoughtLayout) -> _Scores:
             targets=thoughts[chosen].flatten(),
             weights=token_weights.repeat_interleave(config.thought_length),
         )
-    talk_loss = _talk_loss(step, talk, layout)
+    talk_loss = step.talk_loss(talk, layout)
     return _Scores(
         mixed_loss, talk_loss, policy, mixed, talk.detach(), thought.mix_weight.detach(), reward, advantage
     )
 
 
-def _talk_loss(step: _Step, talk: Tensor, layout: ThoughtLayout) -> Tensor:
-    if not step.model.quiet_star.talk_weight:
-        return talk.new_zeros(())
-    return objective.mixed_loss(talk, layout.target_valid[:, :, None], step.share.items)[0]
-
-
 def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
-    """Thoughts are sampled and scored `positions` positions at a time; of a chunk only numbers stay, a few
-    for each thought, and backward makes the rest again."""
-    config = step.model.quiet_star
+    """Score the thoughts of `positions` positions at a time. Of a chunk a few numbers per thought stay;
+    backward computes the rest again."""
+    config = step.config
 
     def score(part: ThoughtLayout, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(mixed NLL, NLL after the thought alone, w [B, p, R, m]; log-probability of each thought that gains
-        [B, p, R], else 0)."""
+        """(mixed NLL, NLL after the thought alone, w, each [B, p, R, m]; log-probability [B, p, R] of each
+        thought that gains, else 0)."""
         thought = step.read(part, tokens)
         with phase(LOSS):
             every, operands, laid_out = step.mixture(thought)
@@ -323,12 +315,12 @@ def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
         return mixed, talk, thought.mix_weight, log_p
 
     chunks = list(layout.chunks(positions))
-    missing = _most_of_all_processes(step.model, chunks=len(chunks)) - len(chunks)
+    missing = _most_of_all_processes(step.thinker, chunks=len(chunks)) - len(chunks)
     found = [
         checkpoint(score, part, step.write(part, at), use_reentrant=False)
         for at, part in (*chunks, *chunks[-1:] * missing)
     ]
-    # what the repeated chunks give is not used, but backward must read them again, too
+    # the repeated chunks count for nothing, but backward must read them again with the other processes
     unused = sum(0 * mixed.sum() for mixed, *_ in found[len(chunks) :])
     mixed, talk, mix_weight, log_p = (torch.cat(x, dim=1) for x in zip(*found[: len(chunks)]))
     with phase(LOSS):
@@ -338,23 +330,24 @@ def _by_chunks(step: _Step, layout: ThoughtLayout, positions: int) -> _Scores:
         advantage = objective.advantage(reward, layout.rewarded, config.advantage)
         weights = objective.policy_weights(advantage, config.thought_length, _rewarded(layout))
         policy = -(weights * log_p).sum()
-        talk_loss = _talk_loss(step, talk, layout)
+        talk_loss = step.talk_loss(talk, layout)
     return _Scores(
         mixed_loss, talk_loss, policy, mixed.detach(), talk.detach(), mix_weight.detach(), reward, advantage
     )
 
 
-def _most_of_all_processes(model: QuietStarForCausalLM, chunks: int) -> int:
-    """Sharded layers are gathered by all processes together, so all must read as many chunks."""
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+def _most_of_all_processes(thinker: Thinker, chunks: int) -> int:
+    """Return the most chunks that any process has: all gather sharded layers together, so all must read as
+    many chunks."""
+    if not any(isinstance(module, FSDPModule) for module in thinker.modules()):
         return chunks
-    most = torch.tensor(chunks, device=model.suppress.device)
+    most = torch.tensor(chunks, device=thinker.suppress.device)
     distributed.all_reduce(most, distributed.ReduceOp.MAX)
     return int(most)
 
 
 def _rewarded(layout: ThoughtLayout) -> Tensor:
-    """The number of thoughts that the policy loss is a mean over."""
+    """Count the thoughts that the policy loss is a mean over."""
     return layout.rewarded.sum() * layout.num_thoughts
 
 
@@ -362,7 +355,7 @@ def _rewarded(layout: ThoughtLayout) -> Tensor:
 def _metrics(
     base_loss: Tensor, scores: _Scores, layout: ThoughtLayout, base_nll: Tensor
 ) -> dict[str, Tensor]:
-    """base_nll [B, P, 1, m]: of the tokens that are predicted after a thought."""
+    """Summarise a step; base_nll [B, P, 1, m] in nats, of the tokens that are predicted after a thought."""
     valid = layout.target_valid[:, :, None]
     every = valid.expand(scores.mixed.shape)
     looked = every & ~scores.talk.isnan()

@@ -68,7 +68,7 @@ def step_flops(model: QuietStarForCausalLM, B: int, T: int) -> StepFlops:
     D = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     pair = 4 * D * shape.num_attention_heads * shape.num_hidden_layers
     body = 2 * _weights(model)
-    head = 2 * model.head.weight.numel()
+    head = 2 * model.linear_head().weight.numel()
     mixing = 2 * sum(p.numel() for p in model.mixing.parameters())
     prefix_pairs = R * T * (T - 1) / 2  # of one slot of every thought
     gaining = 0.5 if R > 1 else 1.0

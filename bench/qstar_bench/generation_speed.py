@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.attention_interface import BlockPass
+from qstar.base_model import read_slots
 from qstar.cli.options import parse_options
 from qstar.cli.train import open_model
 from qstar.kv_cache import SlotCache
@@ -95,15 +96,15 @@ class GenerateArguments:
 def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
     """The next token of ids [1, T], as the published code finds it: nothing is kept from the token before."""
     T = ids.shape[1]
-    hidden, text = model.read_text(ids, TextRows.from_batch(ids))
-    base = logits(hidden[0], model.head)
+    hidden, text = model.thinker.read_text(ids, TextRows.from_batch(ids))
+    base = logits(hidden[0], model.linear_head())
     end = torch.arange(1, T + 1, device=ids.device)[None]
     slots = SlotCache(k + 2)
     embedding = model.boundary.start.expand(1, T, -1)
     for slot in range(k + 2):
         block_pass = BlockPass(text, torch.zeros_like(end), end, slots, slot)
-        after = model.read_slots(embedding, end + slot, block_pass)
-        scores = logits(after[0], model.head)  # of all positions, as all of them go on thinking
+        after = read_slots(model.base, embedding, end + slot, block_pass)
+        scores = logits(after[0], model.linear_head())  # of all positions, as all of them go on thinking
         if slot < k:
             scores[:, model.suppress] = -torch.inf
             embedding = model.get_input_embeddings()(scores.argmax(-1))[None]
@@ -117,8 +118,8 @@ def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
 @torch.no_grad()
 def threshold_of(model: QuietStarForCausalLM, ids: Tensor, share: float) -> float:
     """The entropy (nats) of the base prediction that a share of the tokens of ids [1, T] exceeds."""
-    hidden, _ = model.read_text(ids, TextRows.from_batch(ids))
-    p = logits(hidden[0], model.head).softmax(-1)
+    hidden, _ = model.thinker.read_text(ids, TextRows.from_batch(ids))
+    p = logits(hidden[0], model.linear_head()).softmax(-1)
     return float(torch.special.entr(p).sum(-1).quantile(1 - share))
 
 

@@ -19,11 +19,12 @@ from transformers import (
     set_seed,
 )
 
+from qstar.base_model import in_eval_mode
 from qstar.config import QuietStarConfig
 from qstar.demo import TINY_LM, make_tiny_lm, walk_training
 from qstar.demo.town import STEPS
 from qstar.evaluation.held_out import held_out
-from qstar.model import QuietStarForCausalLM, in_eval_mode
+from qstar.model import QuietStarForCausalLM
 from qstar.reporting.benchmark_record import machine
 
 MOMENTS = (0.06, 0.12, 0.2, 0.3, 0.4, 0.6, 1.0)  # of the training steps; looked at besides before the first

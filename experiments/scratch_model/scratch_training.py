@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from experiments.scratch_model.kinds import KINDS, Question
 from experiments.scratch_model.scratch_base import prose
+from qstar.base_model import in_eval_mode
 from qstar.config import QuietStarConfig
 from qstar.data import encode
 from qstar.demo import walk_training as demo
 from qstar.evaluation.held_out import hardest
 from qstar.evaluation.predictions import Thinking, padded, predict
 from qstar.evaluation.text import Span, spans
-from qstar.model import QuietStarForCausalLM, in_eval_mode
+from qstar.model import QuietStarForCausalLM
 
 PROSE = "prose"
 WAYS = ("without", "thoughts", "shuffled")  # of a model that thinks; a plain one has only the first
@@ -116,8 +117,8 @@ def text_scores(
         targets = batch["input_ids"].roll(-1, dims=1)[at]
         sizes = at.sum(1).tolist()
         for way in ways:
-            nll = predictions[way].nll(model.head, targets).split(sizes)
-            top = (predictions[way].logits(model.head).argmax(-1) == targets).split(sizes)
+            nll = predictions[way].nll(model.linear_head(), targets).split(sizes)
+            top = (predictions[way].logits(model.linear_head()).argmax(-1) == targets).split(sizes)
             found[way] += [{"nll": a, "top": b} for a, b in zip(nll, top)]
     return found
 
@@ -136,7 +137,7 @@ def answers(
     said: dict[str, list[int]] = {way: [] for way in ways}
     for _, _, predictions in _predicted(model, asked, ways, seed):
         for way in ways:
-            said[way] += predictions[way].logits(model.head)[:, test.words].argmax(-1).tolist()
+            said[way] += predictions[way].logits(model.linear_head())[:, test.words].argmax(-1).tolist()
     return {way: [int(a == b) for a, b in zip(found, right)] for way, found in said.items()}
 
 

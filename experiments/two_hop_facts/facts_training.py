@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from experiments.two_hop_facts.facts_task import Split
+from qstar.base_model import in_eval_mode
 from qstar.config import QuietStarConfig
 from qstar.data import collate
 from qstar.layout import TextRows, ThoughtLayout
-from qstar.model import QuietStarForCausalLM, in_eval_mode
+from qstar.model import QuietStarForCausalLM
 from qstar.training.trainer import QuietStarTrainer, ThoughtProgress
 
 
@@ -166,12 +167,13 @@ def answers(model: QuietStarForCausalLM | PreTrainedModel, split: Split, seed: i
         config = replace(model.quiet_star, num_thoughts=1, thought_temperature=0.0)
         predicts = rows.predicts(batch["labels"])
         layout = ThoughtLayout.plan(rows, predicts, config, think_mask=batch["think_mask"])
-        hidden, text = model.read_text(batch["input_ids"], rows)
+        thinker = replace(model.thinker, config=config)
+        hidden, text = thinker.read_text(batch["input_ids"], rows)
 
         def after(thoughts: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            thought = model.think(batch["input_ids"], hidden, text, layout, config, thoughts)
+            thought = thinker.think(batch["input_ids"], hidden, text, layout, thoughts)
             base, talk = (
-                logits(x[:, 0, 0, 0], model.head)[:, letters]
+                logits(x[:, 0, 0, 0], model.linear_head())[:, letters]
                 for x in (thought.base_hidden, thought.talk_hidden)
             )
             w = thought.mix_weight[:, 0, 0]

@@ -46,7 +46,7 @@ class DirectAnswers:
         batch, at = padded([(item.input_ids, item.at) for item in items], device)
         found = predict(model, batch, at, ways, thinking, generator)
         sets = {item.allowed: torch.tensor(item.allowed, device=device) for item in items}
-        heads = {allowed: model.head.only(ids) for allowed, ids in sets.items()}
+        heads = {allowed: model.linear_head().only(ids) for allowed, ids in sets.items()}
         figures: dict[str, list[Figures]] = {way: [] for way in ways}
         for way, predictions in found.items():
             first = 0

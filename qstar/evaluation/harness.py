@@ -153,14 +153,14 @@ class QuietStarLM(HFLM):
         way = "without" if self.think == "never" else "thoughts"
         found = predict(self.model, batch, at, (way,), self.thinking)[way]
         if self.think == "adaptive" and found.weight is not None:
-            unsure = entropy(found.base, self.model.head) > self.entropy_threshold
+            unsure = entropy(found.base, self.model.linear_head()) > self.entropy_threshold
             found = replace(found, weight=found.weight * unsure)  # 0: as if it had not thought
         return found
 
     def _at(self, predictions: Predictions, where: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(log p, whether it is the likeliest) of targets [N] by the predictions `where` [N]: on the CPU, and
         without ever holding all logits."""
-        head, found = self.model.head, []
+        head, found = self.model.linear_head(), []
         where, targets = where.to(self.device), targets.to(self.device)
         rows = chunk_rows(len(head.weight))
         for first in range(0, len(where), rows):

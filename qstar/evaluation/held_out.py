@@ -11,10 +11,11 @@ from qstar_kernels.vocabulary import entropy
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qstar.base_model import in_eval_mode
 from qstar.data import collate
 from qstar.evaluation.predictions import evaluated, predict
 from qstar.layout import TextRows
-from qstar.model import QuietStarForCausalLM, in_eval_mode
+from qstar.model import QuietStarForCausalLM
 
 HARD_SHARE = 0.1
 
@@ -66,10 +67,10 @@ def scored(
             base, mixed = found["without"], found["thoughts"]
             target = batch["labels"].roll(-1, dims=1)[at]
             figures = (
-                base.nll(model.head, target),
-                mixed.nll(model.head, target),
+                base.nll(model.linear_head(), target),
+                mixed.nll(model.linear_head(), target),
                 mixed.weight,
-                entropy(base.base, model.head),
+                entropy(base.base, model.linear_head()),
                 target,
                 mixed.tokens,
             )

@@ -106,16 +106,16 @@ def predict(
     """
     thinking = thinking or Thinking()
     rows = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch.get("position_ids"))
-    hidden, keys_values = model.read_text(batch["input_ids"], rows)
+    thinker = replace(model.thinker, config=evaluated(model.quiet_star, thinking.temperature))
+    hidden, keys_values = thinker.read_text(batch["input_ids"], rows)
     base = hidden[at]
     found = {"without": Predictions(base)} if "without" in ways else {}
     if set(ways) <= {"without"}:
         return found
-    config = evaluated(model.quiet_star, thinking.temperature)
-    layout = ThoughtLayout.plan(rows, at, config)
-    parts = list(layout.chunks(config.chunk_positions or layout.positions.shape[1]))
-    written_on = model.authors_text(batch["input_ids"], rows, keys_values)
-    own = torch.cat([model.sample_thoughts(written_on, part, config, generator) for _, part in parts], 1)
+    layout = ThoughtLayout.plan(rows, at, thinker.config)
+    parts = list(layout.chunks(thinker.config.chunk_positions or layout.positions.shape[1]))
+    written_on = thinker.authors_text(batch["input_ids"], rows, keys_values)
+    own = torch.cat([thinker.sample_thoughts(written_on, part, generator) for _, part in parts], 1)
     for way in dict.fromkeys("thoughts" if way == ALONE else way for way in ways):
         if way == "without":
             continue
@@ -128,9 +128,7 @@ def predict(
             tokens = torch.full_like(own, thinking.pause_token)
         talk, weight = [], []
         for where, part in parts:
-            read = model.read_thoughts(
-                batch["input_ids"], hidden, keys_values, part, tokens[:, where], config
-            )
+            read = thinker.read_thoughts(batch["input_ids"], hidden, keys_values, part, tokens[:, where])
             talk.append(read.talk_hidden[:, :, 0, 0])
             weight.append(read.mix_weight[:, :, 0, 0])
         valid = layout.valid

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from qstar.base_model import in_eval_mode
 from qstar.evaluation.predictions import Thinking
 from qstar.evaluation.results import Results
-from qstar.model import QuietStarForCausalLM, in_eval_mode
+from qstar.model import QuietStarForCausalLM
 
 Figures = dict[str, Any]  # of one question in one condition, ready for JSON
 

@@ -93,7 +93,7 @@ class PlainText:
         figures: dict[str, list[Figures]] = {}
         for way in asked:
             predictions = found[way]
-            each = predictions.nll(model.head, targets).cpu().split(sizes)
+            each = predictions.nll(model.linear_head(), targets).cpu().split(sizes)
             weight = torch.zeros(len(targets)) if predictions.weight is None else predictions.weight.cpu()
             figures[way] = [
                 {"nll": _rounded(nll), "weight": round(float(w.mean()), DIGITS)}
@@ -101,7 +101,7 @@ class PlainText:
             ]
         if SMOOTHED in ways:
             temperatures = torch.tensor(TEMPERATURES, dtype=torch.float64)
-            smooth = nll_by_temperature(found["without"].base, model.head, targets, temperatures)
+            smooth = nll_by_temperature(found["without"].base, model.linear_head(), targets, temperatures)
             figures[SMOOTHED] = [{"nll": _rounded(x)} for x in smooth.cpu().split(sizes)]
         return figures
 

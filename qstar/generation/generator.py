@@ -1,4 +1,4 @@
-"""`QuietStarForCausalLM.generate`: transformers' conventions around the loop.
+"""Generate by transformers' conventions; `loop` does the work.
 
 transformers itself merges the generation config, finds padding, repeats prompts for num_return_sequences and
 builds the logits processors and stopping criteria; our loop takes the place of its own (`custom_generate`).
@@ -7,8 +7,7 @@ builds the logits processors and stopping criteria; our loop takes the place of 
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from qstar.generation.loop import THINK, Counts, Generation, OnFinished, OnToken, Thinking, Written
-from qstar.model import in_eval_mode
+from qstar.base_model import in_eval_mode
+from qstar.config import QuietStarConfig
+from qstar.generation.loop import THINK, Counts, Generation, OnFinished, OnToken, ThoughtSchedule, Written
 from qstar.supported import context_length
+from qstar.thinker import Thinker
 
 log = logging.getLogger(__name__)
 NEW_TOKENS = 20  # transformers' own number, where nothing is said
@@ -102,9 +103,8 @@ def generate(
     **options: Any,
 ) -> Tensor | QuietStarGenerateOutput:
     """See `QuietStarForCausalLM.generate`."""
-    thinking = _thinking(
-        model.quiet_star, think, draft_length, entropy_threshold, thought_length, thought_temperature
-    )
+    thinker = _with_thoughts(model.thinker, thought_length, thought_temperature)
+    schedule = _schedule(thinker.config, think, draft_length, entropy_threshold)
     if (inputs is None) == (input_ids is None):
         raise ValueError("inputs, input_ids: give exactly one of them")
     input_ids = inputs if input_ids is None else input_ids
@@ -141,7 +141,7 @@ def generate(
         criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         options["stop_strings"] = None
     fitted, options["attention_mask"], new = _fitted(
-        model, input_ids, mask, config, thinking, truncate_prompt
+        thinker, input_ids, mask, config, schedule, truncate_prompt
     )
     if fitted.shape != input_ids.shape:  # a max_length counted the whole prompt
         options |= {"max_new_tokens": new, "max_length": None}
@@ -152,16 +152,19 @@ def generate(
             generation_config,
             stopping_criteria=criteria,
             streamer=streamer,
-            custom_generate=_Loop(thinking, generator, streamer, on_token, on_finished),
+            custom_generate=_Loop(thinker, schedule, generator, streamer, on_token, on_finished),
             **options,
         )
 
 
 class _Loop:
-    """What transformers calls in place of its own loop."""
+    """Stand in for transformers' own loop (its `custom_generate`)."""
 
-    def __init__(self, thinking: Thinking, generator, streamer, on_token, on_finished):
-        self.thinking, self.generator, self.streamer = thinking, generator, streamer
+    def __init__(
+        self, thinker: Thinker, schedule: ThoughtSchedule, generator, streamer, on_token, on_finished
+    ):
+        self.thinker, self.schedule = thinker, schedule
+        self.generator, self.streamer = generator, streamer
         self.on_token, self.on_finished = on_token, on_finished
 
     def __call__(
@@ -176,10 +179,10 @@ class _Loop:
         c = generation_config
         keep = tuple(name for name in ("logits", "scores") if getattr(c, f"output_{name}"))
         loop = Generation(
-            model,
+            self.thinker,
             input_ids,
             model_kwargs.get("attention_mask"),
-            self.thinking,
+            self.schedule,
             logits_processor,
             stopping_criteria,
             c.max_length,
@@ -194,7 +197,7 @@ class _Loop:
         if self.streamer is not None:
             self.streamer.end()
         pad = c.pad_token_id if c.pad_token_id is not None else 0
-        out = _collected(input_ids, written, self.thinking.thought_length, pad, keep, loop.counts)
+        out = _collected(input_ids, written, self.thinker.config.thought_length, pad, keep, loop.counts)
         return out if c.return_dict_in_generate else out.sequences
 
     def _tell(self, row: int, token: int, thought: list[int] | None) -> None:
@@ -236,26 +239,36 @@ def _collected(
     )
 
 
-def _thinking(
-    config, think, draft_length, entropy_threshold, thought_length, thought_temperature
-) -> Thinking:
-    def require(holds: bool, name: str, value: object, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} = {value!r}: must be {allowed}")
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
 
+
+def _with_thoughts(thinker: Thinker, length: int | None, temperature: float | None) -> Thinker:
+    """Give the thoughts another length and temperature, where those are not None."""
+    config = thinker.config
+    k = config.thought_length if length is None else length
+    temperature = config.thought_temperature if temperature is None else temperature
+    _require(k >= 0, "thought_length", k, "at least 0")
+    _require(temperature >= 0, "thought_temperature", temperature, "at least 0")
+    # a chunk bounds the memory of training alone, and might be too small for longer thoughts
+    config = replace(config, thought_length=k, thought_temperature=temperature, block_chunk=None)
+    return replace(thinker, config=config)
+
+
+def _schedule(
+    config: QuietStarConfig, think: str, draft_length: int | None, entropy_threshold: float | None
+) -> ThoughtSchedule:
     if entropy_threshold is None:
         entropy_threshold = config.entropy_threshold
-    require(think in THINK, "think", think, f"one of {', '.join(THINK)}")
-    require(draft_length is None or draft_length >= 0, "draft_length", draft_length, "at least 0, or None")
+    _require(think in THINK, "think", think, f"one of {', '.join(THINK)}")
+    _require(draft_length is None or draft_length >= 0, "draft_length", draft_length, "at least 0, or None")
     if think == "adaptive":
         allowed = "set, here or by `qstar calibrate`, for think = 'adaptive'"
-        require(entropy_threshold is not None, "entropy_threshold", entropy_threshold, allowed)
-        require(not math.isnan(entropy_threshold), "entropy_threshold", entropy_threshold, "a number")
-    k = config.thought_length if thought_length is None else thought_length
-    temperature = config.thought_temperature if thought_temperature is None else thought_temperature
-    require(k >= 0, "thought_length", k, "at least 0")
-    require(temperature >= 0, "thought_temperature", temperature, "at least 0")
-    return Thinking(think, k, temperature, entropy_threshold, draft_length)
+        _require(entropy_threshold is not None, "entropy_threshold", entropy_threshold, allowed)
+        is_number = entropy_threshold == entropy_threshold  # NaN equals nothing
+        _require(is_number, "entropy_threshold", entropy_threshold, "a number")
+    return ThoughtSchedule(think, entropy_threshold, draft_length)
 
 
 def _check_mask(input_ids: Tensor, mask: Tensor) -> None:
@@ -271,22 +284,22 @@ def _check_mask(input_ids: Tensor, mask: Tensor) -> None:
 
 
 def _fitted(
-    model,
+    thinker: Thinker,
     input_ids: Tensor,
     mask: Tensor,
     config: GenerationConfig,
-    thinking: Thinking,
+    schedule: ThoughtSchedule,
     truncate: bool,
 ) -> tuple[Tensor, Tensor, int]:
     """The prompt and its mask, cut on the left where they do not fit the context with the new tokens and a
     thought, and that was asked for; and the number of new tokens."""
-    T, context = input_ids.shape[1], context_length(model.config)
+    T, context = input_ids.shape[1], context_length(thinker.base.config)
     new = config.max_new_tokens
     if new is None:
         new = config.max_length - T
     if new < 1:
         raise ValueError(f"max_new_tokens = {new}: must be at least 1")
-    slots = 0 if thinking.think == "never" else thinking.thought_length + 2
+    slots = 0 if schedule.think == "never" else thinker.config.thought_length + 2
     longest = T + new - 1 + slots
     if context is None or longest <= context:
         return input_ids, mask, new

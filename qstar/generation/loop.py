@@ -1,5 +1,5 @@
-"""The loop of generation: draft with the base model alone, think at all drafted positions at once, keep what
-the mixed prediction agrees to.
+"""Generate: draft with the base model alone, think at all drafted positions at once, keep what the mixed
+prediction agrees to.
 
 A round drafts g tokens; their hidden states and K/V are needed for mixing anyway, so a kept draft costs
 nothing more. Each of the g + 1 positions then thinks as a block of slots over the shared prefix, all in one
@@ -20,33 +20,31 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from qstar.attention_interface import BlockPass
-from qstar.base_model import linear_head, read_slots
+from qstar.base_model import read_slots
 from qstar.generation.acceptance import DraftLength, accept_greedy, accept_sampled
 from qstar.kv_cache import SlotCache, TextCache
 from qstar.layout import TextRows
-from qstar.rollout import rollout
 from qstar.supported import context_length
+from qstar.thinker import Thinker
 
 THINK = ("always", "adaptive", "never")
 LONGEST_DRAFT = 32  # where few positions think
 
 
 @dataclass(frozen=True)
-class Thinking:
-    """think: one of THINK; entropy_threshold: for adaptive, in nats of the base prediction; thought_length,
-    thought_temperature: as in QuietStarConfig; draft_length: None adapts to the acceptance, 0 thinks one
-    token at a time."""
+class ThoughtSchedule:
+    """Say where and how far ahead to think. think: one of THINK; entropy_threshold: for adaptive, in nats of
+    the base prediction; draft_length: None adapts to the acceptance, 0 thinks one token at a time."""
 
     think: str
-    thought_length: int
-    thought_temperature: float
     entropy_threshold: float | None = None
     draft_length: int | None = None
 
 
 @dataclass
 class Written:
-    """What one row has written, token by token; thought is empty and weight 0 where it did not think."""
+    """Record what one row has written, token by token; where it did not think, its thought is empty and its
+    weight 0."""
 
     tokens: list[int] = field(default_factory=list)
     thoughts: list[list[int]] = field(default_factory=list)
@@ -60,7 +58,7 @@ class Written:
 
 @dataclass
 class Counts:
-    """model_steps: calls of the base model after the prompt; drafts tested and accepted; thoughts made."""
+    """Count calls of the base model after the prompt, drafts tested and accepted, thoughts, and rounds."""
 
     model_steps: int = 0
     tested: int = 0
@@ -71,8 +69,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Draft:
-    """hidden [B, n, D]; base [B, n, V] fp32 logits; from_scores: processed, n - 1 of [B, V], what tokens
-    [B, n - 1] were drawn from; thinks [B, n] bool; ended: every row's draft holds an end."""
+    """hidden [B, n, D]; base [B, n, V] fp32 logits; from_scores: n - 1 of [B, V], the processed logits that
+    tokens [B, n - 1] were drawn from; thinks [B, n] bool; ended: every row's draft holds an end."""
 
     hidden: Tensor
     base: Tensor
@@ -88,14 +86,14 @@ OnFinished = Callable[[int], None]  # (row), after its last token
 
 
 class Generation:
-    """One batch of prompts being continued; `run` returns what each row wrote."""
+    """Continue one batch of prompts; `run` returns what each row wrote."""
 
     def __init__(
         self,
-        model,
+        thinker: Thinker,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        thinking: Thinking,
+        schedule: ThoughtSchedule,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         max_length: int,
@@ -106,9 +104,10 @@ class Generation:
         on_finished: OnFinished | None = None,
         eos: list[int] | None = None,
     ):
-        """keep: of "logits" (the mixed ones) and "scores" (processed), what is kept for every token; eos:
+        """keep: which of "logits" (the mixed ones) and "scores" (processed) to keep for every token; eos: ids
         after which nothing is drafted (the criteria decide where a row ends)."""
-        self.model, self.thinking, self.sample, self.generator = model, thinking, sample, generator
+        self.thinker, self.schedule, self.sample, self.generator = thinker, schedule, sample, generator
+        self.head = thinker.linear_head()
         self.processors, self.criteria, self.max_length = processors, criteria, max_length
         self.keep, self.on_token, self.on_finished = keep, on_token, on_finished
         B, T = input_ids.shape
@@ -119,17 +118,18 @@ class Generation:
         rows = _rows(input_ids, attention_mask)
         self.eos = torch.tensor(eos or [], dtype=torch.long, device=input_ids.device)
         self.start = rows.segment_start[:, -1:]
-        context = context_length(model.config)
-        self.last_position = room + thinking.thought_length + 1 if context is None else context - 1
-        hidden, keys_values = model.read_text(input_ids, rows)
+        k = thinker.config.thought_length
+        context = context_length(thinker.base.config)
+        self.last_position = room + k + 1 if context is None else context - 1
+        hidden, keys_values = thinker.read_text(input_ids, rows)
         self.hidden: Tensor | None = hidden[:, -1]  # of the last certain token; None: it has not been read
         self.text = TextCache(keys_values, room)
-        self.authors_text = self.text  # what thoughts are written on; a frozen writer reads for itself
-        if model.writer is not None:
-            self.authors_text = TextCache(model.authors_text(input_ids, rows, keys_values), room)
+        self.authors_text = self.text  # thoughts are written on it; a frozen writer reads for itself
+        if thinker.writer is not None:
+            self.authors_text = TextCache(thinker.authors_text(input_ids, rows, keys_values), room)
         self.written = [Written() for _ in range(B)]
         self.counts = Counts()
-        self.length = DraftLength(thinking.thought_length + 1, thinking.draft_length)
+        self.length = DraftLength(k + 1, schedule.draft_length)
 
     def run(self) -> list[Written]:
         while not all(row.finished for row in self.written):
@@ -154,8 +154,6 @@ class Generation:
             count, last = accept_greedy(torch.stack(scores, 1), draft.tokens)
         self._commit(draft, mixed, scores, thoughts, weights, count.tolist(), last)
 
-    # -- drafting
-
     def _draft(self, at: Tensor) -> _Draft:
         """Read the last certain token where that is due, then draft; at [B]: certain tokens of each row."""
         if self.hidden is None:
@@ -163,8 +161,8 @@ class Generation:
             self.hidden = self._read_token(last, at - 1, max(self.columns) - 1)
         left = max(self.max_length - n for n, row in zip(self.columns, self.written) if not row.finished)
         wanted = self.length.next()
-        most = 0 if self.thinking.think == "never" else min(left - 1, LONGEST_DRAFT)
-        if self.thinking.think == "always":
+        most = 0 if self.schedule.think == "never" else min(left - 1, LONGEST_DRAFT)
+        if self.schedule.think == "always":
             most = min(most, wanted)
         active = torch.tensor([not row.finished for row in self.written], device=at.device)
         hidden: list[Tensor] = []
@@ -176,7 +174,7 @@ class Generation:
         while True:
             i = len(hidden)
             hidden.append(self.hidden)
-            base.append(logits(self.hidden, self.model.head))
+            base.append(logits(self.hidden, self.head))
             thinks.append(self._wants_thought(base[-1]) & ~ended)
             enough = int(torch.stack(thinks).sum(0).max()) > wanted
             if i >= most or enough or bool(ended.all()):
@@ -198,10 +196,10 @@ class Generation:
         )
 
     def _wants_thought(self, base: Tensor) -> Tensor:
-        if self.thinking.think == "adaptive":
+        if self.schedule.think == "adaptive":
             p = base.softmax(-1)
-            return torch.special.entr(p).sum(-1) > self.thinking.entropy_threshold
-        return torch.full(base.shape[:1], self.thinking.think == "always", device=base.device)
+            return torch.special.entr(p).sum(-1) > self.schedule.entropy_threshold
+        return torch.full(base.shape[:1], self.schedule.think == "always", device=base.device)
 
     def _choose(self, scores: Tensor) -> Tensor:
         if not self.sample:
@@ -209,29 +207,26 @@ class Generation:
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(-1)
 
     def _processed(self, scores: Tensor, i: int) -> Tensor:
-        """The logits processors applied to scores [B, V] of the i-th position of this round, each row with
-        its own text before it. They may know the whole batch: rows of different lengths take several
-        calls."""
+        """Apply the logits processors to scores [B, V] of the i-th position of this round, each row with its
+        own text before it. They may know the whole batch: rows of different lengths take several calls."""
         if not self.processors:
             return scores
         found = torch.empty_like(scores)
         for n in sorted(set(self.columns)):
             has = torch.tensor([columns == n for columns in self.columns], device=scores.device)
             ids = self.ids[:, : n + i]
-            if not bool(has.all()):  # the others' rows are no text up to here: they show one that is
+            if not bool(has.all()):  # the other rows have no text up to here: they show one that has
                 ids = torch.where(has[:, None], ids, ids[has][:1])
             # a copy: they may write to what they are given
             found[has] = self.processors(ids, scores.clone())[has]
         return found
 
-    # -- passes of the base model
-
     def _read_token(self, token: Tensor, column: Tensor, longest: int) -> Tensor:
-        """Token [B, 1] as a block of one slot that becomes column [B] of the text; its hidden state
-        [B, D]."""
-        hidden = self._extend(self.model.base, self.text, token, column, longest)
-        if self.model.writer is not None:
-            self._extend(self.model.writer.base, self.authors_text, token, column, longest)
+        """Read token [B, 1] as a block of one slot, which becomes column [B] of the text; return its hidden
+        state [B, D]."""
+        hidden = self._extend(self.thinker.base, self.text, token, column, longest)
+        if self.thinker.writer is not None:
+            self._extend(self.thinker.writer.base, self.authors_text, token, column, longest)
         return hidden[:, -1]
 
     def _extend(
@@ -253,22 +248,22 @@ class Generation:
         slots: SlotCache,
         longest: int,
     ) -> Tensor:
-        """Slots [first, ..) of blocks after `end` [B, P] columns: [B, P * Lq, D] -> hidden states alike."""
+        """Read slots [first, ..) of blocks after `end` [B, P] columns: embeddings [B, P * Lq, D] -> hidden
+        states [B, P * Lq, D]."""
         self.counts.model_steps += 1
         B, P = end.shape
         each = embeddings.shape[1] // P
         positions = (end - self.start)[..., None] + torch.arange(first, first + each, device=end.device)
-        positions = positions.clamp(max=self.last_position)  # of what will be thrown away
+        positions = positions.clamp(max=self.last_position)  # those beyond it are thrown away
         start = self.start.expand(B, P)
         block_pass = BlockPass(
-            text.read(longest), start.int(), end.int(), slots, first, self.model.quiet_star.attention
+            text.read(longest), start.int(), end.int(), slots, first, self.thinker.config.attention
         )
         return read_slots(base, embeddings, positions.flatten(1), block_pass)
 
-    # -- thinking
-
     def _think(self, draft: _Draft, at: Tensor) -> tuple[Tensor, dict[tuple[int, int], list[int]], Tensor]:
-        """Mixed logits [B, n, V]; thoughts by (row, position); mixing weights [B, n]."""
+        """Think where the draft says: (mixed logits [B, n, V], thoughts by (row, position), mixing weights
+        [B, n])."""
         B, n = draft.thinks.shape
         weights = torch.zeros(B, n, device=at.device)
         P = int(draft.thinks.sum(1).max())
@@ -279,55 +274,37 @@ class Generation:
         valid = draft.thinks.gather(1, position)
         end = at[:, None] + position
         longest = max(self.columns) + n - 1
-        k = self.thinking.thought_length
-        slots, model = SlotCache(k + 2), self.model
-        author, boundary = model.author
+        thinker, k = self.thinker, self.thinker.config.thought_length
+        slots = SlotCache(k + 2)
 
         def read(embeddings: Tensor, first: int, cache: SlotCache) -> Tensor:
-            return self._read(author, self.authors_text, embeddings, end, first, cache, longest)
+            return self._read(thinker.author[0], self.authors_text, embeddings, end, first, cache, longest)
 
-        thought = rollout(
-            read_slots=read,
-            embed=author.get_input_embeddings(),
-            boundary=boundary,
-            head=linear_head(author),
-            blocks=(B, P),
-            thought_length=k,
-            cache=slots,
-            temperature=self.thinking.thought_temperature,
-            suppress=model.suppress,
-            generator=self.generator,
-        )
-        written = model.get_input_embeddings()(thought)
-        opening, closing = (
-            x.to(written.dtype).expand(B, P, 1, -1) for x in (model.boundary.start, model.boundary.end)
-        )
-        unread = torch.cat([opening, written, closing], 2)
-        if model.writer is None:  # it has read all but the last two
+        thought = thinker.rollout(read, (B, P), slots, self.generator)
+        unread = thinker.slots(thought, talk=thought[..., :0])
+        if thinker.writer is None:  # the rollout has read all but the last two
             unread = unread[:, :, k:]
         else:
             slots = SlotCache(k + 2)
         talk = self._read(
-            model.base, self.text, unread.flatten(1, 2), end, k + 2 - unread.shape[2], slots, longest
+            thinker.base, self.text, unread.flatten(1, 2), end, k + 2 - unread.shape[2], slots, longest
         )
         talk = talk.unflatten(1, (P, -1))[:, :, -1]
         base_hidden = draft.hidden.gather(1, position[..., None].expand(-1, -1, draft.hidden.shape[-1]))
-        w = self.model.mixing(base_hidden, talk).float()
+        w = thinker.mixing(base_hidden, talk).float()
         mixed = draft.base.clone()
         row, which = valid.nonzero(as_tuple=True)
         there = position[row, which]
         share = w[row, which][:, None]
-        spoken = logits(talk[row, which], model.head)
+        spoken = logits(talk[row, which], self.head)
         mixed[row, there] = (1 - share) * draft.base[row, there] + share * spoken
         weights[row, there] = w[row, which]
         thoughts = {(b, i): c for b, i, c in zip(row.tolist(), there.tolist(), thought[row, which].tolist())}
         self.counts.thoughts += len(thoughts)
         return mixed, thoughts, weights
 
-    # -- keeping
-
     def _commit(self, draft, mixed, scores, thoughts, weights, count: list[int], last: Tensor) -> None:
-        """Rows take over their kept drafts and the token after them, up to where they stop."""
+        """Append to each row its kept drafts and the token after them, up to where it stops."""
         n = mixed.shape[1]
         new = torch.cat([draft.tokens, draft.tokens.new_zeros(len(count), 1)], 1)
         kept = torch.tensor(count, device=new.device)[:, None]

@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qstar import objective
+from qstar.base_model import in_eval_mode
 from qstar.config import QuietStarConfig
 from qstar.evaluation.predictions import evaluated, shuffled
 from qstar.layout import TextRows, ThoughtLayout
-from qstar.model import QuietStarForCausalLM, in_eval_mode
-from qstar.step import Thoughts
+from qstar.model import QuietStarForCausalLM
+from qstar.thinker import Thoughts
 
 SHOWN = 4  # likeliest tokens of a prediction
 POSITIONS = 128  # that are read at once: bounds the memory of a long text
@@ -115,15 +116,16 @@ def _look(
     config: QuietStarConfig,
     generator: torch.Generator | None,
 ) -> Look:
-    (_, T), head = input_ids.shape, model.head
+    (_, T), head = input_ids.shape, model.linear_head()
     rows = TextRows.from_batch(input_ids)
     predicts = rows.predicts(input_ids)
     positions, valid = torch.arange(T, device=input_ids.device)[None], torch.ones_like(predicts)
     layout = ThoughtLayout.at(rows, positions, valid, rows.scored(predicts, config.talk_length), config)
     size = max(1, min(POSITIONS, chunk_rows(len(head.weight)) // config.num_thoughts))
     parts = list(layout.chunks(size))
-    hidden, text = model.read_text(input_ids, rows)
-    written_on = model.authors_text(input_ids, rows, text)
+    thinker = replace(model.thinker, config=config)
+    hidden, text = thinker.read_text(input_ids, rows)
+    written_on = thinker.authors_text(input_ids, rows, text)
 
     with tqdm(total=3 * len(parts), desc="look", leave=False) as bar:
 
@@ -136,12 +138,12 @@ def _look(
             """Of thoughts [1, T, R, k]: h_talk [T, R, D] and w [T, R] of the next token, NLLs [T, R, m]."""
             found = []
             for at, part in each():
-                x = model.read_thoughts(input_ids, hidden, text, part, thoughts[:, at], config)
+                x = thinker.read_thoughts(input_ids, hidden, text, part, thoughts[:, at])
                 mixed = _mixed_nll(x, head, input_ids)
                 found.append((x.talk_hidden[0, :, :, 0], x.mix_weight[0, :, :, 0], mixed))
             return tuple(torch.cat(x) for x in zip(*found))
 
-        own = torch.cat([model.sample_thoughts(written_on, x, config, generator) for _, x in each()], 1)
+        own = torch.cat([thinker.sample_thoughts(written_on, x, generator) for _, x in each()], 1)
         talk, weight, mixed = read(own)
         *_, others = read(shuffled(own, valid, generator))
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.data import collate
+from qstar.thinker import Thinker
 from qstar.training.callbacks import last_complete_checkpoint
 from qstar.training.trainer import QuietStarTrainer
 
@@ -163,18 +164,17 @@ def test_what_cannot_be_adapted_saved_or_merged_is_told_in_one_line(source, tmp_
 # -- a frozen base
 
 
-def test_a_frozen_base_gives_the_thought_parts_the_same_gradients_and_keeps_no_graph_of_the_text():
+def test_a_frozen_base_gives_the_thought_parts_the_same_gradients_and_keeps_no_graph_of_the_text(monkeypatch):
     free, frozen = thinking_model().train(), thinking_model().freeze_base().train()
-    kept = {}
+    kept, read_text = {}, Thinker.read_text
     for name, model in {"free": free, "frozen": frozen}.items():
-        read_text = model.read_text
 
-        def watched(*arguments, name=name, read_text=read_text):
+        def watched(*arguments, name=name):
             hidden, text = read_text(*arguments)
             kept[name] = [x.requires_grad for x in (hidden, *text[0])]
             return hidden, text
 
-        model.read_text = watched
+        monkeypatch.setattr(Thinker, "read_text", watched)
         loss(model).backward()
     assert kept == {"free": [True] * 3, "frozen": [False] * 3}
     assert all(p.grad is None for p in frozen.base.parameters())

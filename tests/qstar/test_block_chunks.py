@@ -10,6 +10,7 @@ from tiny_models import base_model, thinking_model, tokens
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.profiler_ranges import PHASES
 from qstar.reporting.profiling import traced
+from qstar.thinker import Thinker
 
 
 def step(model, chunk, ids, **batch):
@@ -69,9 +70,9 @@ def test_loss_metrics_and_every_gradient_are_those_of_all_blocks_at_once(kind, o
 def test_the_thoughts_of_a_seed_do_not_depend_on_the_chunks():
     model = thinking_model(thought_length=3, num_thoughts=2)
     kept = []
-    read = type(model).read_thoughts
+    read = Thinker.read_thoughts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "read_thoughts", lambda *a: kept.append(a[5]) or read(*a))
+        patch.setattr(Thinker, "read_thoughts", lambda *a: kept.append(a[5]) or read(*a))
         with torch.no_grad():
             for chunk in (None, 12, 65):
                 kept.append("|")

@@ -37,10 +37,10 @@ def test_2_temperature_zero_is_argmax_and_temperature_changes_the_distribution()
     def thoughts(temperature, seed):
         model = thinking_model(thought_temperature=temperature, num_thoughts=4)
         rows = TextRows.from_batch(ids)
-        hidden, text = model.read_text(ids, rows)
+        hidden, text = model.thinker.read_text(ids, rows)
         layout = ThoughtLayout.plan(rows, rows.predicts(ids), model.quiet_star)
         with torch.no_grad():
-            return model.think(ids, hidden, text, layout, generator=seeded(seed)).tokens
+            return model.thinker.think(ids, hidden, text, layout, generator=seeded(seed)).tokens
 
     assert torch.equal(thoughts(0.0, 1), thoughts(0.0, 2))
     assert not torch.equal(thoughts(1.0, 1), thoughts(1.0, 2))

@@ -122,8 +122,8 @@ def test_shuffled_and_paused_predictions_equal_a_plain_forward_with_those_though
         assert found["pause"].tokens[i].tolist() == [pause_token(tokenizer)] * 3
         for way in ("thoughts", "shuffled", "pause"):
             truth = slow.logits(prefix, found[way].tokens[i].tolist())
-            assert torch.allclose(found[way].logits(model.head)[i], truth, atol=2e-4)
-        assert torch.allclose(found["without"].logits(model.head)[i], slow.logits(prefix), atol=2e-4)
+            assert torch.allclose(found[way].logits(model.linear_head())[i], truth, atol=2e-4)
+        assert torch.allclose(found["without"].logits(model.linear_head())[i], slow.logits(prefix), atol=2e-4)
     assert sorted(found["shuffled"].tokens.tolist()) == sorted(found["thoughts"].tokens.tolist())
 
 
@@ -132,12 +132,12 @@ def test_the_prediction_after_a_thought_alone_is_what_the_mixed_one_adds_to_the_
     ids = tokens(1, 9)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = predict(model, batch, torch.ones_like(ids, dtype=torch.bool), ("without", "thoughts", ALONE))
-    base, mixed, alone = (found[way].logits(model.head) for way in ("without", "thoughts", ALONE))
+    base, mixed, alone = (found[way].logits(model.linear_head()) for way in ("without", "thoughts", ALONE))
     w = found["thoughts"].weight[:, None]
     torch.testing.assert_close(base + w * (alone - base), mixed, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(alone, mixed, atol=0.1)
     again = predict(model, batch, torch.ones_like(ids, dtype=torch.bool), (ALONE,))[ALONE]
-    assert torch.equal(again.logits(model.head), alone)
+    assert torch.equal(again.logits(model.linear_head()), alone)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def test_a_frozen_writers_thoughts_are_those_of_the_model_before_it_learned():
         prefix = ids[0, : t + 1].tolist()
         thought = before.greedy_thought(prefix)
         assert found.tokens[t].tolist() == thought
-        assert torch.allclose(found.logits(model.head)[t], after.logits(prefix, thought), atol=2e-4)
+        assert torch.allclose(found.logits(model.linear_head())[t], after.logits(prefix, thought), atol=2e-4)
     assert any(after.greedy_thought(ids[0, : t + 1].tolist()) != found.tokens[t].tolist() for t in range(9))
 
 

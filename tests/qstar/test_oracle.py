@@ -11,9 +11,9 @@ KINDS = list(ARCHITECTURES)
 
 def think(model, input_ids, rows=None, **options):
     rows = rows or TextRows.from_batch(input_ids)
-    hidden, keys_values = model.read_text(input_ids, rows)
+    hidden, keys_values = model.thinker.read_text(input_ids, rows)
     layout = ThoughtLayout.plan(rows, rows.predicts(input_ids), model.quiet_star)
-    return model.think(input_ids, hidden, keys_values, layout, **options)
+    return model.thinker.think(input_ids, hidden, keys_values, layout, **options)
 
 
 def eager_twin(model, kind):
@@ -67,9 +67,10 @@ def test_zero_mixing_weight_gives_the_base_logits_bit_for_bit(kind):
     mixed = (1 - w) * thought.base_hidden[:, :, :, 0] + w * thought.talk_hidden[:, :, :, 0]
     untouched = base_model(kind)
     expected = untouched(input_ids=ids).logits
-    hidden = torch.cat([mixed[:, :, 0], model.read_text(ids, TextRows.from_batch(ids))[0][:, -1:]], dim=1)
+    text_hidden, _ = model.thinker.read_text(ids, TextRows.from_batch(ids))
+    hidden = torch.cat([mixed[:, :, 0], text_hidden[:, -1:]], dim=1)
     logits = model.base.get_output_embeddings()(hidden)
-    cap = model.head.softcap
+    cap = model.linear_head().softcap
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     assert torch.equal(logits, expected)
@@ -122,5 +123,5 @@ def test_generating_equals_the_parallel_forward_at_the_last_position(kind):
 
 def _logits(model, hidden):
     scores = model.base.get_output_embeddings()(hidden)
-    cap = model.head.softcap
+    cap = model.linear_head().softcap
     return scores if cap is None else torch.tanh(scores / cap) * cap

@@ -15,17 +15,17 @@ THOUGHTS = torch.randint(2, 60, (2, 9, 2, 3), generator=torch.Generator().manual
 def by_hand(model):
     """(base NLL, NLL at w = 1, w) [B, P, R, m] with gradient, and where there is a target."""
     rows = TextRows.from_batch(IDS)
-    hidden, text = model.read_text(IDS, rows)
+    hidden, text = model.thinker.read_text(IDS, rows)
     layout = ThoughtLayout.plan(rows, rows.predicts(IDS), model.quiet_star)
-    thought = model.think(IDS, hidden, text, layout, thoughts=THOUGHTS)
+    thought = model.thinker.think(IDS, hidden, text, layout, thoughts=THOUGHTS)
     head, shape = model.base.get_output_embeddings(), thought.mix_weight.shape
     target = IDS.gather(1, layout.target_index.flatten(1)).view(*layout.target_index.shape)
     target = target[:, :, None].expand(shape)
 
     def nll(hidden):
         scores = head(hidden.expand(*shape, -1)).flatten(0, -2)
-        if model.head.softcap is not None:
-            scores = model.head.softcap * torch.tanh(scores / model.head.softcap)
+        if model.linear_head().softcap is not None:
+            scores = model.linear_head().softcap * torch.tanh(scores / model.linear_head().softcap)
         return cross_entropy(scores, target.flatten(), reduction="none").view(shape)
 
     valid = layout.target_valid[:, :, None].expand(shape)

@@ -49,9 +49,9 @@ def learned(model, training=True):
 @torch.no_grad()
 def thoughts(model, ids):
     rows = TextRows.from_batch(ids)
-    hidden, text = model.read_text(ids, rows)
+    hidden, text = model.thinker.read_text(ids, rows)
     layout = ThoughtLayout.plan(rows, rows.predicts(ids), model.quiet_star)
-    return model.think(ids, hidden, text, layout).tokens
+    return model.thinker.think(ids, hidden, text, layout).tokens
 
 
 def base_state(model):
@@ -222,9 +222,9 @@ def test_generating_equals_the_parallel_forward_at_the_last_position(draft, leng
     for b, prompt in enumerate((short, long)):
         text = torch.cat([prompt, out.new_tokens[b], torch.tensor([5])])[None]
         rows = TextRows.from_batch(text)
-        hidden, read = model.read_text(text, rows)
+        hidden, read = model.thinker.read_text(text, rows)
         layout = ThoughtLayout.plan(rows, rows.predicts(text), model.quiet_star)
-        thought = model.think(text, hidden, read, layout)
+        thought = model.thinker.think(text, hidden, read, layout)
         for step in range(4):
             p = len(prompt) - 1 + step
             assert thought.tokens[0, p, 0].tolist() == out.thoughts[b, step].tolist()

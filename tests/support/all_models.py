@@ -221,19 +221,19 @@ def errors(kind: str, **changes) -> Errors:
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     rows = TextRows.from_batch(ids, mask)
-    hidden, text = model.read_text(ids, rows)
+    hidden, text = model.thinker.read_text(ids, rows)
     layout = ThoughtLayout.plan(rows, rows.predicts(ids), model.quiet_star)
-    thought = model.think(ids, hidden, text, layout)
+    thought = model.thinker.think(ids, hidden, text, layout)
     slots, logits, thoughts = [], [], []
     for b, first in enumerate((0, 2)):
         whole = eager(input_ids=ids[b : b + 1, first:]).logits[0]
-        logits.append(_difference(head_logits(hidden[b, first:], model.head), whole))
+        logits.append(_difference(head_logits(hidden[b, first:], model.linear_head()), whole))
         for p in torch.nonzero(layout.valid[b]).flatten().tolist():
             t = int(layout.positions[b, p])
             written, talk = thought.tokens[b, p, 0], ids[b, t + 1 : t + 2]
             truth = plain_slots(model, eager, ids[b, first : t + 1], written, talk)
             slots.append(_difference(thought.slot_hidden[b, p, 0, : len(truth)], truth))
-            scores = head_logits(truth[: len(written)], model.head)
+            scores = head_logits(truth[: len(written)], model.linear_head())
             lost = scores.max(-1).values - scores.gather(1, written[:, None])[:, 0]
             thoughts.append(float(lost.max() / scores.abs().max()))
     return Errors(max(slots), max(logits), max(thoughts))

@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from qstar import QuietStarForCausalLM
 from qstar.data import collate
 from qstar.supported import text_body
+from qstar.thinker import Thinker
 
 LENGTHS = (14, 9, 14, 5)  # of each half the longest row is as long
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -180,8 +181,8 @@ def compare_thoughts(knobs: str) -> dict[str, list]:
     """One row, the same everywhere: {who: [its thoughts, numbers that its generator draws next]}."""
     model, row = thinking_model(**json.loads(knobs)), tokens(1, 10)
     written = []
-    sample = model.sample_thoughts
-    model.sample_thoughts = lambda *a, **k: written.append(sample(*a, **k)) or written[-1]
+    sample = Thinker.sample_thoughts
+    Thinker.sample_thoughts = lambda *a, **k: written.append(sample(*a, **k)) or written[-1]
     processes = int(os.environ["WORLD_SIZE"])
 
     def think(rows: int) -> list:

@@ -147,7 +147,7 @@ def check(args: StepArguments) -> float:
         else:
             if thoughts is None:
                 size = (1, short.tokens - 1, short.num_thoughts, short.thought_length)
-                thoughts = torch.randint(3, len(model.head.weight), size, device=text.device)
+                thoughts = torch.randint(3, len(model.linear_head().weight), size, device=text.device)
             loss = model(text, thoughts=thoughts).loss
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
