@@ -165,8 +165,8 @@ for _name in TEXT_ATTENTION:
 
 
 def use_thought_attention(model: PreTrainedModel) -> None:
-    """Teach a model's attention our passes; without a pass it attends exactly as before. Raises ValueError for
-    an unsupported model or attn_implementation."""
+    """Teach a model's attention our passes; without a pass it attends exactly as before. Raises ValueError
+    for an unsupported model or attn_implementation."""
     check_supported(model)
     current = model.config._attn_implementation or "sdpa"
     if current.startswith(_PREFIX):

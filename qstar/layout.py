@@ -1,4 +1,4 @@
-"""The geometry of one batch: which tokens form a text, which positions think, and where every slot lies.
+"""Lay out one batch: which tokens form a text, which positions think, and where every slot lies.
 
 This is the only place that does index arithmetic. Legend: B rows, T tokens in a row, P thinking positions in
 a row, R thoughts per position, N = P * R blocks (the thoughts of a position side by side), k thought tokens,
@@ -22,7 +22,7 @@ IGNORE = -100  # the label that Hugging Face and torch leave out of a loss
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows of tokens cut into texts: padding and every packed document are segments of their own.
+    """Cut rows of tokens into texts: padding and every packed document are segments of their own.
 
     position_ids [B, T] int64, counted from the start of each segment; a model given them and no mask keeps
     the segments apart. segment_start, segment_end [B, T] int64: the segment [start, end) that each token lies
@@ -38,9 +38,12 @@ class TextRows:
     def from_batch(
         cls, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> TextRows:
-        """input_ids [B, T]; attention_mask [B, T] of 0 and 1; position_ids [B, T], only for rows that pack
-        several documents: each counts from 0 (the convention of Hugging Face's
-        DataCollatorWithFlattening)."""
+        """Find the texts of input_ids [B, T].
+
+        attention_mask [B, T] of 0 and 1; position_ids [B, T] only for rows that pack several documents, each
+        counted from 0 (the convention of Hugging Face's DataCollatorWithFlattening). Raises ValueError for
+        other shapes, fewer than 2 tokens, and position_ids that count otherwise.
+        """
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, tokens]")
         B, T = input_ids.shape
@@ -72,7 +75,8 @@ class TextRows:
         return cls(counted, start, end, is_text)
 
     def labels(self, input_ids: Tensor, labels: Tensor | None) -> Tensor:
-        """[B, T]: those given, or every token of a text. Raises ValueError for another shape."""
+        """Return the labels [B, T]: those given, or every token of a text. Raises ValueError for another
+        shape."""
         if labels is None:
             return input_ids.masked_fill(~self.is_text, IGNORE)
         if labels.shape != input_ids.shape:
@@ -82,8 +86,8 @@ class TextRows:
         return labels
 
     def predicts(self, labels: Tensor) -> Tensor:
-        """[B, T] bool: position t predicts a token x_{t+1} of its own text whose label [B, T] is not
-        ignored."""
+        """Mark, [B, T] bool, where position t predicts a token x_{t+1} of its own text whose label [B, T] is
+        not ignored."""
         T = labels.shape[1]
         has_next = torch.arange(1, T + 1, device=labels.device) < self.segment_end
         next_label = torch.full_like(labels, IGNORE)
@@ -91,7 +95,8 @@ class TextRows:
         return self.is_text & has_next & (next_label != IGNORE)
 
     def scored(self, predicts: Tensor, talk_length: int) -> Tensor:
-        """[B, T, m] bool: x_{t+1+j} is a target of t's own text; predicts [B, T] from `predicts`."""
+        """Mark, [B, T, m] bool, where x_{t+1+j} is a target of t's own text; predicts [B, T] from
+        `predicts`."""
         B, T = predicts.shape
         reach = torch.arange(T, device=predicts.device)[:, None]
         reach = reach + torch.arange(talk_length, device=predicts.device)  # t + j
@@ -100,15 +105,15 @@ class TextRows:
         return predicts.gather(1, reach.reshape(B, -1)).view(B, T, talk_length) & inside
 
     def rewarded(self, scored: Tensor) -> Tensor:
-        """[B, T] bool: thoughts there enter the policy loss (t <= T - 2 - m of the text, with a target);
+        """Mark, [B, T] bool, where thoughts enter the policy loss (t <= T - 2 - m of the text, with a target);
         scored [B, T, m] from `scored`."""
         T, m = scored.shape[1:]
         last = torch.arange(T, device=scored.device) + m + 2
         return (last <= self.segment_end) & scored.any(-1)
 
     def items(self, labels: Tensor, talk_length: int, think_mask: Tensor | None = None) -> Tensor:
-        """What the means of the loss are over, if all positions think or those of think_mask [B, T], [m + 2]
-        int64: targets; targets of each talk step; rewarded positions."""
+        """Count what the loss is a mean over, [m + 2] int64: targets, targets of each talk step, rewarded
+        positions; if all positions think, or those of think_mask [B, T]."""
         predicts = self.predicts(labels)
         scored = self.scored(predicts, talk_length)
         if think_mask is not None:
@@ -118,7 +123,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class ThoughtLayout:
-    """Where the blocks of a batch hang and what each of their slots is.
+    """Say where the blocks of a batch hang and what each of their slots is.
 
     positions [B, P] int64: the token that each block continues (0 where padded); valid [B, P] bool: not
     padded; prefix_start, prefix_end [B, N] int32: the prefix keys of each block (empty where padded);
@@ -140,11 +145,11 @@ class ThoughtLayout:
 
     @property
     def target_index(self) -> Tensor:
-        """[B, P, m]: t + 1 + j, kept inside the row."""
+        """[B, P, m] int64: t + 1 + j, kept inside the row."""
         return (self.talk_index + 1).clamp(max=self.rows.is_text.shape[1] - 1)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
-        """The same blocks, `size` positions of each row at a time: (which positions, their layout)."""
+        """Iterate over the blocks, `size` positions of each row at a time: (which positions, their layout)."""
         P, R = self.positions.shape[1], self.num_thoughts
         for first in range(0, P, size):
             at = slice(first, min(first + size, P))
@@ -174,8 +179,9 @@ class ThoughtLayout:
     ) -> ThoughtLayout:
         """Choose the thinking positions among those that predict anything, and lay out their blocks.
 
-        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction, for 'uncertain';
-        think_mask [B, T]: think at all of these where it is not 0, and at no others.
+        predicts [B, T] bool from `TextRows.predicts`; entropy [B, T] of the base prediction in nats, for
+        'uncertain'; think_mask [B, T]: think wherever it is not 0 and a target follows, and nowhere else.
+        Raises ValueError for a think_mask of another shape or without any position to think at.
         """
         B, T = predicts.shape
         device = predicts.device
@@ -217,7 +223,8 @@ class ThoughtLayout:
     def at(
         cls, rows: TextRows, positions: Tensor, valid: Tensor, scored: Tensor, config: QuietStarConfig
     ) -> ThoughtLayout:
-        """Blocks at the given positions [B, P]; scored [B, T, m] bool: x_{t+1+j} is a target."""
+        """Lay out blocks at the given positions [B, P] int64; valid [B, P] bool; scored [B, T, m] bool:
+        x_{t+1+j} is a target."""
         B, P = positions.shape
         T = rows.is_text.shape[1]
         m, R, device = config.talk_length, config.num_thoughts, positions.device
