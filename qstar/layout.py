@@ -105,8 +105,8 @@ class TextRows:
         return predicts.gather(1, reach.reshape(B, -1)).view(B, T, talk_length) & inside
 
     def rewarded(self, scored: Tensor) -> Tensor:
-        """Mark, [B, T] bool, where thoughts enter the policy loss (t <= T - 2 - m of the text, with a target);
-        scored [B, T, m] from `scored`."""
+        """Mark, [B, T] bool, where thoughts enter the policy loss (t <= T - 2 - m of the text, with a
+        target); scored [B, T, m] from `scored`."""
         T, m = scored.shape[1:]
         last = torch.arange(T, device=scored.device) + m + 2
         return (last <= self.segment_end) & scored.any(-1)
@@ -149,7 +149,7 @@ class ThoughtLayout:
         return (self.talk_index + 1).clamp(max=self.rows.is_text.shape[1] - 1)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
-        """Iterate over the blocks, `size` positions of each row at a time: (which positions, their layout)."""
+        """Iterate over `size` positions of each row at a time: (which positions, the layout of their blocks)."""
         P, R = self.positions.shape[1], self.num_thoughts
         for first in range(0, P, size):
             at = slice(first, min(first + size, P))
