@@ -149,7 +149,7 @@ class ThoughtLayout:
         return (self.talk_index + 1).clamp(max=self.rows.is_text.shape[1] - 1)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, ThoughtLayout]]:
-        """Iterate over `size` positions of each row at a time: (which positions, the layout of their blocks)."""
+        """Iterate over `size` positions of each row at a time: (which positions, their layout)."""
         P, R = self.positions.shape[1], self.num_thoughts
         for first in range(0, P, size):
             at = slice(first, min(first + size, P))
