@@ -62,8 +62,8 @@ def linear_head(base: PreTrainedModel) -> LinearHead:
         layer.unshard()  # a head sharded apart from the root waits for a call that never comes
     if hasattr(layer, "base_layer") or not layer.weight.is_floating_point():
         raise ValueError(
-            f"the head is a {type(layer).__name__}: must be a plain linear layer; leave it out of "
-            "target_modules, or unquantised"
+            f"the head is a {type(layer).__name__}: an adapter on it, or quantised weights, are not "
+            "supported; leave it out of target_modules, or as it is"
         )
     return LinearHead(
         weight=layer.weight,
