@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -42,7 +43,7 @@ class TableArguments:
     def __post_init__(self) -> None:
         if self.append is not None and Path(self.append).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"append = {self.append}: must end with .jsonl or .csv")
-        tables.check_folder("append", self.append)
+        check_folder("append", self.append)
 
 
 @dataclass
@@ -56,7 +57,14 @@ class OutputArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tables.check_folder("trace", self.trace)
+        check_folder("trace", self.trace)
+
+
+def check_folder(name: str, path: str | os.PathLike | None) -> None:
+    """Raise ValueError, naming the option, for an output file in a folder that does not exist: before hours
+    of work, not after them."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name} = {path}: its folder does not exist")
 
 
 def check_device(device: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback
 
-from qstar.reporting.tables import check_folder
+from qstar.reporting.benchmark_record import check_folder
 
 TRACED_STEPS = 3  # of a run of the Trainer, after the first, which is slower than the others
 

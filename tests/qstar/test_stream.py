@@ -213,9 +213,9 @@ def test_going_on_reads_nothing_of_what_was_before(tmp_path):
 def test_the_position_in_a_stream_of_another_order_is_refused(shards, name, value):
     rows = stream(shards)
     first_rows(rows, 3)
-    with pytest.raises(ValueError, match=rf"^{name} = {value!r}: the stream to go on with had"):
+    with pytest.raises(ValueError, match=rf"^{name} = {value!r}: the stream to resume had"):
         stream(shards, **{name: value}).load_state_dict(rows.state_dict())
-    with pytest.raises(ValueError, match=r"^shards = 3: the stream to go on with had 4"):
+    with pytest.raises(ValueError, match=r"^shards = 3: the stream to resume had 4"):
         stream(shards[:3]).load_state_dict(rows.state_dict())
 
 

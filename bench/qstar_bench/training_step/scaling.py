@@ -20,7 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.cli.options import parse_options
 from qstar.reporting import tables
-from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, finish, machine
+from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, check_folder, finish, machine
 from qstar.reporting.profiling import traced
 from qstar_bench.memory.memory_measured import peak_bytes
 from qstar_bench.report import plots
@@ -101,7 +101,7 @@ class ScalingArguments:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset}: must be one of {', '.join(PRESETS)}")
-        tables.check_folder("plot", self.plot)
+        check_folder("plot", self.plot)
 
 
 def chosen(args: ScalingArguments) -> tuple[Preset, int, int]:

@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.hf_argparser import HfArg
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class CheckpointArguments:
+    """Which model."""
+
+    model: str = HfArg(help="Folder of a Quiet-STaR checkpoint.")
+
+
+@dataclass
+class TextFileArguments(CheckpointArguments):
+    """A model and a text that it reads in spans."""
+
+    text: str = HfArg(help="A text file.")
+    span_length: int = HfArg(default=256, help="Tokens read at once; a longer text is cut into spans.")
+    batch_size: int = HfArg(default=4, help="Spans read together.")
+    json: bool = HfArg(default=False, help="Print only the JSON document.")
+
+    def __post_init__(self) -> None:
+        check_least(self, span_length=3, batch_size=1)
+
+
+def check_least(options: object, **least: int) -> None:
+    """Raise ValueError for an option, named with its least value, that is below it; None is not checked."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            raise ValueError(f"{name} = {given}: must be at least {value}")
