@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 from qstar.cli.options import parse_options
 from qstar.data import DataArguments, RowStream, collate
 from qstar.demo import TINY_LM
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
-from qstar.reporting.benchmark_record import TableArguments, WrongResultError, check_folder, finish, machine
+from qstar.reporting.benchmark_record import TableArguments, WrongResultError, finish, machine
 from qstar_bench.report import plots
 
 TALK_LENGTH = 4

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers.hf_argparser import HfArg
 
+from qstar.option_checks import check_least
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,11 +30,3 @@ class TextFileArguments(CheckpointArguments):
 
     def __post_init__(self) -> None:
         check_least(self, span_length=3, batch_size=1)
-
-
-def check_least(options: object, **least: int) -> None:
-    """Raise ValueError for an option, named with its least value, that is below it; None is not checked."""
-    for name, value in least.items():
-        given = getattr(options, name)
-        if given is not None and given < value:
-            raise ValueError(f"{name} = {given}: must be at least {value}")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 from qstar import checkpoint
-from qstar.cli.common_options import DTYPES, CheckpointArguments, check_least
+from qstar.cli.common_options import DTYPES, CheckpointArguments
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, document_text, load_records, read_text
 from qstar.evaluation import questions
@@ -23,6 +23,7 @@ from qstar.evaluation.predictions import WAYS, evaluated
 from qstar.evaluation.run import Contestant, Task
 from qstar.evaluation.text import SMOOTHED, PlainText, spans
 from qstar.model import QuietStarForCausalLM
+from qstar.option_checks import check_choice, check_least
 from qstar.reporting import jsonl
 from qstar.reporting.benchmark_record import check_device
 from qstar.supported import context_length
@@ -70,9 +71,7 @@ class EvalArguments(CheckpointArguments):
     dtype: str = HfArg(default="float32", help=f"Data type of the weights: {', '.join(DTYPES)}.")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("task", DATA), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        check_choice(self, task=DATA, dtype=DTYPES)
         check_least(self, limit=1, batch_size=1)
         check_device(self.device)
         if (self.data or DATA[self.task][0]) is None:

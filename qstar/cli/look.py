@@ -15,8 +15,8 @@ from qstar.demo import TINY_LM
 from qstar.look.page import page
 from qstar.look.thoughts import Look, look, look_config
 from qstar.model import QuietStarForCausalLM
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
-from qstar.reporting.benchmark_record import check_folder
 
 
 def options(argv: list[str]) -> argparse.Namespace:

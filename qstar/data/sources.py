@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from transformers.hf_argparser import HfArg
 
+from qstar.option_checks import check_choice, check_least
+
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 SPANS = ("all", "random")
@@ -48,11 +50,8 @@ class DataArguments:
 
     def check(self, talk_length: int) -> None:
         """Raise ValueError for an option out of range, with talk_length talk tokens."""
-        for name, least in (("span_length", talk_length + 2), ("held_out_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        if self.spans not in SPANS:
-            raise ValueError(f"spans = {self.spans!r}: must be one of {', '.join(SPANS)}")
+        check_least(self, span_length=talk_length + 2, held_out_rows=1)
+        check_choice(self, spans=SPANS)
         if bool(self.text) == bool(self.dataset):
             raise ValueError(f"text = {self.text}, dataset = {self.dataset!r}: give exactly one of them")
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, takewhile
 from threading import Thread
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from qstar.data.packing import encode, pack_rows
 from qstar.data.sources import DataArguments, records, shard_files
+from qstar.option_checks import check_least
 
 Row = dict[str, list[int]]
 Packed = list[tuple[np.ndarray, np.ndarray]]  # input_ids and position_ids of each row, int32
@@ -64,12 +66,12 @@ class RowStream(IterableDataset):
         window: int = WINDOW,
     ):
         arguments.check(talk_length)
-        for name, value, least in (("seed", seed, 0), ("workers", workers, 0), ("window", window, 1)):
-            if value < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}")
         self.arguments, self.seed, self.workers, self.window = arguments, seed, workers, window
+        check_least(self, seed=0, workers=0, window=1)
         self.shards = shard_files(arguments)
-        self._packer = _Packer(tokenizer, arguments.span_length, arguments.spans, talk_length, seed)
+        self._packer = _Packer(
+            tokenizer, arguments.span_length, arguments.spans == "random", talk_length, seed
+        )
         self._left_out: frozenset[str] = frozenset()
         self.held_out = self._hold_out()
         self._begin, self._offset, self._passed = Position(), 0, 0
@@ -133,7 +135,7 @@ class RowStream(IterableDataset):
             sampler=self._windows_from(begin),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=tuple,  # which an item is already
             worker_init_fn=partial(_end_with, os.getpid()) if self.workers else None,
             generator=torch.Generator(),  # else it would draw from torch's, which thoughts draw from
         )
@@ -200,12 +202,15 @@ class RowStream(IterableDataset):
         return any(map(self._packer.pack, one_pass))
 
 
+@dataclass(frozen=True)
 class _Packer(Dataset):
     """Turns windows of texts into rows, in a worker."""
 
-    def __init__(self, tokenizer, span_length: int, spans: str, talk_length: int, seed: int):
-        self.tokenizer, self.span_length, self.draws = tokenizer, span_length, spans == "random"
-        self.talk_length, self.seed = talk_length, seed
+    tokenizer: Any
+    span_length: int
+    draws: bool  # one random span of each document
+    talk_length: int
+    seed: int
 
     def __getitem__(self, window: tuple[Position, list[str]]) -> tuple[Position, Packed | ValueError]:
         try:
@@ -231,10 +236,6 @@ class _Packer(Dataset):
 
 def _row(ids: np.ndarray, positions: np.ndarray) -> Row:
     return {"input_ids": ids.tolist(), "position_ids": positions.tolist()}
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _end_with(parent: int, worker: int) -> None:

@@ -20,6 +20,7 @@ from qstar.evaluation.predictions import ThoughtSampling
 from qstar.evaluation.questions import Question
 from qstar.evaluation.run import Figures, Task
 from qstar.model import QuietStarForCausalLM
+from qstar.option_checks import check_least
 from qstar.supported import context_length
 
 BEGIN = " Let's think step by step."
@@ -48,9 +49,7 @@ class MajorityVote(Task):
     metrics = ("chain", "majority")
 
     def __post_init__(self) -> None:
-        for name in ("votes", "chain_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_least(self, votes=1, chain_tokens=1, answer_tokens=1)
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be positive, or all votes are one")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ import torch
 import transformers
 import triton
 
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
 
 
@@ -58,13 +58,6 @@ class OutputArguments(TableArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_folder("trace", self.trace)
-
-
-def check_folder(name: str, path: str | os.PathLike | None) -> None:
-    """Raise ValueError, naming the option, for an output file in a folder that does not exist: before hours
-    of work, not after them."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{name} = {path}: its folder does not exist")
 
 
 def check_device(device: str) -> None:

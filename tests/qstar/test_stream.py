@@ -97,16 +97,16 @@ def test_random_spans_are_one_of_each_document_and_others_in_each_pass(tmp_path)
     texts = made_up(40, longest=200)
     rows = stream(write_shards(tmp_path, texts), spans="random")
     first, second = map(documents, passes(rows, 2))
-    begins = []
+    begins, sources = [], tokens_of(texts)
     for span in first + second:
         source, at = next(
             (i, at)
-            for i, ids in enumerate(tokens_of(texts))
+            for i, ids in enumerate(sources)
             for at in range(len(ids) - len(span) + 1)
             if ids[at : at + len(span)] == span
         )
         begins.append((source, at))
-        assert len(span) == min(SPAN, len(tokens_of(texts)[source]))
+        assert len(span) == min(SPAN, len(sources[source]))
     before, after = begins[: len(first)], begins[len(first) :]
     assert {source for source, _ in before} == {source for source, _ in after}
     assert len({source for source, _ in before}) == len(before) > 30
@@ -144,12 +144,11 @@ def test_every_pass_and_seed_takes_the_shards_one_at_a_time_in_another_order(tmp
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("spans", ["all", "random"])
 def test_a_stream_goes_on_exactly_where_another_was(shards, spans, workers):
+    rows, resumed = stream(shards, spans=spans), stream(shards, spans=spans, workers=workers)
     expected = first_rows(stream(shards, spans=spans), 70)
     for at in range(0, 60, 1 if workers == 0 else 23):
-        rows = stream(shards, spans=spans)
         assert first_rows(rows, at) == expected[:at]
         state = json.loads(json.dumps(rows.state_dict()))
-        resumed = stream(shards, spans=spans, workers=workers)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         assert first_rows(resumed, 70 - at) == expected[at:]
@@ -286,6 +285,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_process_that_is_killed(tmp_path):
     file = write_shard(tmp_path / "a.jsonl", ({"text": text} for text in made_up(8_000)))
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -338,6 +338,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_of_one_in_its_order_whether_one_reads_or_both(shards):
     with socket.socket() as free:
         free.bind(("localhost", 0))

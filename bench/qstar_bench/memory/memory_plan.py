@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from qstar import QuietStarConfig
 from qstar.cli.options import parse_options
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
-from qstar.reporting.benchmark_record import OutputArguments, check_folder, finish, machine
+from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar_bench.memory.memory_fit import OPTIONS, USABLE, fit
 from qstar_bench.memory.memory_planner import CATEGORIES, Plan, Timeline, assumptions, describe, plan
 from qstar_bench.memory.memory_setup import StepArguments

@@ -19,8 +19,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.cli.options import parse_options
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
-from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, check_folder, finish, machine
+from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, finish, machine
 from qstar.reporting.profiling import traced
 from qstar_bench.memory.memory_measured import peak_bytes
 from qstar_bench.report import plots
