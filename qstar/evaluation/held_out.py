@@ -75,14 +75,14 @@ def scored(
             yield HeldOut(*(x.cpu() for x in figures))
 
 
-def hardest(base_nll: Tensor, share: float = HARD_SHARE) -> Tensor:
-    """Mark the share of tokens with the highest base_nll [tokens], that before training: [tokens] bool.
+def hardest(base_nll: Tensor) -> Tensor:
+    """Mark the tenth of tokens with the highest base_nll [tokens], that before training: [tokens] bool.
 
     Beware: any smoothing of a prediction "helps" tokens that were chosen by that prediction's own loss. Read
     these figures beside those of all tokens.
     """
     chosen = torch.zeros_like(base_nll, dtype=torch.bool)
-    chosen[base_nll.topk(max(1, round(share * len(base_nll)))).indices] = True
+    chosen[base_nll.topk(max(1, round(HARD_SHARE * len(base_nll)))).indices] = True
     return chosen
 
 

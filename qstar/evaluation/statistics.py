@@ -46,7 +46,7 @@ class Estimate:
 
 
 def estimates(
-    of: dict[str, Sums], pairs: Sequence[tuple[str, str]], seed: int = 0, resamples: int = RESAMPLES
+    of: dict[str, Sums], pairs: Sequence[tuple[str, str]], seed: int = 0
 ) -> tuple[dict[str, Estimate], dict[tuple[str, str], Estimate]]:
     """Estimate the mean of each condition and the difference a - b of each pair, with percentile intervals.
 
@@ -59,9 +59,8 @@ def estimates(
     clusters, n = len(counts), int(counts.sum())
     source = np.random.default_rng(seed)
     drawn = []
-    for first in range(0, resamples, 500):
-        size = min(500, resamples - first)
-        times = source.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+    for _ in range(RESAMPLES // 500):  # 500 at a time, to bound the memory
+        times = source.multinomial(clusters, np.full(clusters, 1 / clusters), size=500)
         total = times @ counts
         drawn.append((times @ sums)[total > 0] / total[total > 0, None])
     means, spread = sums.sum(0) / n, np.concatenate(drawn)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qstar.evaluation.held_out import hardest
 from qstar.look.thoughts import NOTICED, Look
@@ -18,11 +19,7 @@ from qstar.look.thoughts import NOTICED, Look
 LEVELS = (NOTICED, 0.1, 0.5, 2.0)  # nats of gain or loss at which the colour changes
 HARDEST = 10
 UNFINISHED = "\ufffd"  # decoded from bytes that are no whole character
-# the letters that stand for the 256 bytes in byte-level BPE (GPT-2's encoder.py)
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(b): b for b in _PRINTABLE} | {
-    chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
-}
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
 
 def page(found: Look, tokenizer: Any, about: dict[str, Any]) -> str:

@@ -19,14 +19,14 @@ def _activities() -> list[ProfilerActivity]:
 
 
 @contextmanager
-def traced(path: str | None, memory: bool = True) -> Iterator[None]:
+def traced(path: str | None) -> Iterator[None]:
     """Write what runs inside as a chrome trace: operators, kernels of a GPU, allocations, and every named
     range; nothing if path is None. Raises ValueError for a path whose folder does not exist."""
     if path is None:
         yield
         return
     check_folder("trace", path)
-    with profile(activities=_activities(), profile_memory=memory) as recorded:
+    with profile(activities=_activities(), profile_memory=True) as recorded:
         yield
     recorded.export_chrome_trace(path)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import psutil
 import pyarrow
 import pytest
 import torch
-from shards import made_up, write_shard, write_shards
+from shards import documents, made_up, write_shard, write_shards
 from tiny_tokenizer import tiny_tokenizer
 from torch.utils.data import DataLoader
 
@@ -51,15 +51,6 @@ def passes(rows, count=1):
             return found
         found[epoch].append(row)
     return None
-
-
-def documents(rows):
-    """The documents of packed rows, cut where position_ids begin again."""
-    found = []
-    for row in rows:
-        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
-        found += [tuple(row["input_ids"][a:b]) for a, b in pairwise(starts)]
-    return found
 
 
 @pytest.fixture(scope="module")
