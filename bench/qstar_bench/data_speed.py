@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from qstar.cli.options import parse_options
 from qstar.data import DataArguments, RowStream, collate
 from qstar.demo import TINY_LM
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import TableArguments, WrongResultError, finish, machine
 from qstar_bench.report import plots
@@ -80,7 +81,7 @@ class DataBenchArguments:
             raise ValueError(f"workers = {self.workers}: must be numbers of at least 0")
         if self.batch_size < 1:
             raise ValueError(f"batch_size = {self.batch_size}: must be at least 1")
-        tables.check_folder("plot", self.plot)
+        check_folder("plot", self.plot)
 
 
 def write_stream(folder: Path, preset: Preset, kind: str, tokenizer, progress: bool) -> int:

@@ -18,7 +18,6 @@ from experiments.two_hop_facts.facts_training import Recipe
 from qstar.checkpoint import fingerprint
 from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
-from qstar.evaluation import condition_tables
 from qstar.evaluation.results import Results
 from qstar.evaluation.statistics import RESAMPLES
 from qstar.evaluation.text import Span
@@ -170,8 +169,8 @@ def _show(
         rows, differences, best = gsm8k_results.summary(spans, measured, conditions)
         shown[name] = {"conditions": rows, "differences": differences, "best_temperature": best}
         headers = {"all": f"NLL, {TITLES[name]}", "hard": "NLL, hardest 10 %"}
-        print(f"\n{condition_tables.shown(rows, headers | {'weight': 'mean w'}, 4)}\n")
-        print(condition_tables.shown(differences, headers, 4))
+        print(f"\n{tables.intervals(rows, headers | {'weight': 'mean w'}, 4)}\n")
+        print(tables.intervals(differences, headers, 4))
     everything = shown["drawn"]["differences"]
     helps = {name: gsm8k_results.helps(shown[name]["differences"]) for name in shown}
     keeps = gsm8k_results.keeps_its_language(everything)

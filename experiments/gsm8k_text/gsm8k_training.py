@@ -15,7 +15,7 @@ from experiments.gsm8k_text.corpus import Worked, aside_rows, dash, text_rows
 from experiments.two_hop_facts.facts_training import Recipe, fit
 from qstar.checkpoint import fingerprint
 from qstar.config import QuietStarConfig
-from qstar.evaluation.predictions import ALONE, Thinking, pause_token
+from qstar.evaluation.predictions import ALONE, ThoughtSampling, pause_token
 from qstar.evaluation.results import Results
 from qstar.evaluation.run import Contestant, evaluate
 from qstar.evaluation.text import SMOOTHED, PlainText, Span
@@ -99,7 +99,7 @@ class Study:
     def measure(self, asked: Sequence[tuple[Sequence[Span], Results]]) -> None:
         """Add to the results of each list of spans what is missing there; a model of which nothing is missing
         is not trained again."""
-        thinking = Thinking(0.0, pause_token(self.tokenizer))
+        thinking = ThoughtSampling(0.0, pause_token(self.tokenizer))
         for contestant in self.contestants():
             conditions = contestant.conditions.values()
             waiting = [

@@ -19,7 +19,7 @@ from qstar.config import QuietStarConfig
 from qstar.data import encode
 from qstar.demo import walk_training as demo
 from qstar.evaluation.held_out import hardest
-from qstar.evaluation.predictions import Thinking, padded, predict
+from qstar.evaluation.predictions import ThoughtSampling, padded, predict
 from qstar.evaluation.text import Span, spans
 from qstar.model import QuietStarForCausalLM
 
@@ -146,7 +146,7 @@ def useful_share(
 ) -> float:
     """Share of the thoughts sampled at the end of the questions that are the useful aside, word by word."""
     asked = _at_their_ends(test.questions, tokenizer)
-    sampled = Thinking(temperature=1.0)
+    sampled = ThoughtSampling(temperature=1.0)
     thoughts = torch.cat(
         [x["thoughts"].tokens for *_, x in _predicted(model, asked, ("thoughts",), seed, sampled)]
     )
@@ -165,7 +165,7 @@ def _predicted(
     asked: list[tuple[list[int], list[int]]],
     ways: tuple[str, ...],
     seed: int,
-    how: Thinking | None = None,
+    how: ThoughtSampling | None = None,
 ) -> Iterable[tuple[dict[str, Tensor], Tensor, dict[str, Any]]]:
     source = torch.Generator().manual_seed(seed)
     # as even as can be: a thought alone in its batch cannot be shuffled

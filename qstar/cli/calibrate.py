@@ -1,12 +1,15 @@
-"""`qstar calibrate`: how uncertain the base prediction must be for a thought to pay, measured on a text."""
+"""`qstar calibrate`: measure on a text how uncertain the base prediction must be for a thought to pay."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+
+from transformers.hf_argparser import HfArg
 
 from qstar import checkpoint
+from qstar.cli.common_options import TextFileArguments
 from qstar.cli.options import parse_options
-from qstar.cli.score import TextArguments, read_rows
+from qstar.cli.score import read_rows
 from qstar.evaluation.calibration import threshold
 from qstar.evaluation.held_out import held_out
 from qstar.reporting import tables
@@ -15,10 +18,10 @@ SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass
-class CalibrateArguments(TextArguments):
+class CalibrateArguments(TextFileArguments):
     """Options of `qstar calibrate`."""
 
-    keep: float = field(default=0.95, metadata={"help": "Share of the thoughts' gain in NLL to keep."})
+    keep: float = HfArg(default=0.95, help="Share of the thoughts' gain in NLL to keep.")
 
 
 def main(argv: list[str]) -> int:

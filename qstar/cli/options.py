@@ -40,19 +40,6 @@ def parse_options(types: Any, argv: list[str], prog: str) -> tuple:
     return tuple(parsed)
 
 
-def read_text(name: str, path: str) -> str:
-    """The text of a file. Raises ValueError, naming the option, for one missing, empty or no UTF-8."""
-    if not Path(path).is_file():
-        raise ValueError(f"{name} = {path!r}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} = {path!r}: is no UTF-8 text: {error}") from error
-    if not text.strip():
-        raise ValueError(f"{name} = {path!r}: the file is empty")
-    return text
-
-
 def with_config_file(argv: list[str]) -> list[str]:
     """The command line with the options of `--config file.yaml`, if given, before its own, which win."""
     rest, given = list(argv), []

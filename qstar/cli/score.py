@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
 
-from qstar.cli.options import parse_options, read_text
-from qstar.data import encode
+from qstar.cli.common_options import TextFileArguments
+from qstar.cli.options import parse_options
+from qstar.data import encode, read_text
 from qstar.evaluation.held_out import scored
 from qstar.model import QuietStarForCausalLM
 
@@ -19,30 +21,15 @@ FIGURES = ("base_nll", "mixed_nll", "mix_weight", "base_entropy")
 
 
 @dataclass
-class TextArguments:
-    """A model and a text."""
-
-    model: str = field(metadata={"help": "Folder of a Quiet-STaR checkpoint."})
-    text: str = field(metadata={"help": "A text file."})
-    span_length: int = field(
-        default=256, metadata={"help": "Tokens read at once; longer texts are cut into spans."}
-    )
-    batch_size: int = field(default=4, metadata={"help": "Spans read together."})
-    json: bool = field(default=False, metadata={"help": "Print only the JSON document."})
-
-
-@dataclass
-class ScoreArguments(TextArguments):
+class ScoreArguments(TextFileArguments):
     """Options of `qstar score`."""
 
-    output: str | None = field(default=None, metadata={"help": "File for the lines, instead of stdout."})
+    output: str | None = HfArg(default=None, help="File for the lines, instead of stdout.")
 
 
-def read_rows(args: TextArguments) -> tuple[QuietStarForCausalLM, Any, list[dict]]:
-    """The model, its tokenizer and the rows of the text. Raises ValueError for a text that has no tokens."""
-    for name, least in (("span_length", 3), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
+def read_rows(args: TextFileArguments) -> tuple[QuietStarForCausalLM, Any, list[dict]]:
+    """Return the model, its tokenizer and the rows of the text. Raises ValueError for a text or a span that
+    the model cannot read."""
     text = read_text("text", args.text)
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -62,14 +49,14 @@ def main(argv: list[str]) -> int:
     with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
         parts = scored(model, rows, args.batch_size, progress="score")
         for first, part in zip(range(0, len(rows), args.batch_size), parts):
-            i = 0
+            figures = zip(*(getattr(part, name).tolist() for name in FIGURES))
+            thoughts = iter(part.thought.tolist())
             for row in rows[first : first + args.batch_size]:
                 for token, position in zip(row["input_ids"], row["position_ids"]):
                     line: dict[str, Any] = {"token": decode([token])}
                     if position:  # the first token of a span has nothing before it
-                        line |= {name: float(getattr(part, name)[i]) for name in FIGURES}
-                        line["thought"] = decode(part.thought[i].tolist())
-                        i += 1
+                        line |= zip(FIGURES, next(figures))
+                        line["thought"] = decode(next(thoughts))
                     print(json.dumps(line, ensure_ascii=False), file=out)
             out.flush()
     return 0

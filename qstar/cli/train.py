@@ -19,11 +19,12 @@ from qstar.cli.options import parse_options, with_config_file
 from qstar.config import QuietStarConfig
 from qstar.data import DataArguments, collate, load_rows
 from qstar.demo import TINY_LM
-from qstar.evaluation.held_out import hardest, held_out, summary
+from qstar.evaluation.held_out import before_after, hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
 from qstar.peft_adapters import adapter_name
 from qstar.reporting import tables
 from qstar.reporting.profiling import TraceSteps
+from qstar.reporting.training_curves import save_curves
 from qstar.training.callbacks import last_complete_checkpoint
 from qstar.training.trainer import NonFiniteError, QuietStarTrainer
 
@@ -147,13 +148,13 @@ def main(argv: list[str]) -> int:
     )
     if not first:
         return 0
-    if tables.save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
+    if save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
         print(f"curves: {Path(args.output_dir) / 'curves.png'}")
     steps = result.global_step
     seconds = result.metrics["train_runtime"] / max(steps, 1)
     # ru_maxrss is in KiB on Linux
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(tables.before_after(before, after))
+    print(before_after(before, after))
     print(f"{steps} steps, {seconds:.2f} s a step, peak resident memory {peak_gib:.2f} GiB")
     tables.last_line(
         {

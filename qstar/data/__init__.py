@@ -1,8 +1,8 @@
-"""Text to batches: files or any Hugging Face data set -> rows of packed documents -> padded batches."""
+"""Turn text into batches: files or any Hugging Face data set -> packed rows -> padded batches."""
 
 from qstar.data.load import load_records, load_rows
 from qstar.data.packing import ShuffledBatches, collate, encode, left_padded, pack_rows, text_rows
-from qstar.data.sources import DataArguments, document_text
+from qstar.data.sources import DataArguments, document_text, read_text
 from qstar.data.stream import RowStream
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "load_records",
     "load_rows",
     "pack_rows",
+    "read_text",
     "text_rows",
 ]

@@ -1,4 +1,4 @@
-"""`load_rows`: text as rows to train on and rows to measure with, held whole or as a stream."""
+"""Load text as rows to train on and rows to measure with, held whole or as a stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qstar.data.stream import RowStream
 def load_rows(
     arguments: DataArguments, tokenizer, talk_length: int, seed: int = 0, workers: int = 0
 ) -> tuple[Any, list[dict]]:
-    """(training rows, held-out rows); a row has input_ids, position_ids.
+    """Return training rows and held-out rows; a row has input_ids and position_ids.
 
-    The training rows are a datasets.Dataset, or a RowStream with so many workers. Raises ValueError for a
-    source that is missing, empty or too short, naming it.
+    The training rows are a datasets.Dataset, or a RowStream with so many workers. Raises ValueError, naming
+    the source, if it is missing, empty or too short.
     """
     if arguments.streaming:
         stream = RowStream(arguments, tokenizer, talk_length, seed, workers)
@@ -35,13 +35,13 @@ def load_rows(
 
     options = {"desc": "tokenize", "load_from_cache_file": False, "remove_columns": given.column_names}
     rows = given.map(pack, batched=True, with_indices=True, **options)
-    # a batch of such rows alone, the end of a text for instance, could not be scored after a thought
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest = max(lengths, default=0)
     if longest <= talk_length:
         raise ValueError(
             f"text: its longest row has {longest} tokens, talk_length = {talk_length} needs more"
         )
+    # a batch of shorter rows alone, the end of a text for instance, could not be scored after a thought
     rows = rows.select([i for i, length in enumerate(lengths) if length > talk_length])
     if len(rows) <= arguments.held_out_rows:
         raise ValueError(
@@ -53,7 +53,7 @@ def load_rows(
 
 
 def load_records(arguments: DataArguments):
-    """The records of a source as a datasets.Dataset. Raises ValueError."""
+    """Load the records of a source as a datasets.Dataset. Raises ValueError for files that cannot be read."""
     datasets = import_datasets(arguments)
     options: dict[str, Any] = {"path": arguments.dataset, "name": arguments.dataset_config}
     files: list[str] = []
@@ -68,6 +68,6 @@ def load_records(arguments: DataArguments):
         )
     except datasets.exceptions.DatasetGenerationError as error:
         for file in files:
-            for _ in records(file):  # raises for the one that is broken, by its name
+            for _ in records(file):  # raises for the broken one, naming it
                 pass
         raise ValueError(f"{arguments.source}: cannot be read: {error.__cause__ or error}") from error

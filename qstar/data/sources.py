@@ -1,4 +1,4 @@
-"""Where text comes from: files of documents, their records, and the text of a record."""
+"""Find where text comes from: files of documents, their records, and the text of a record."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import IO, Any
+
+from transformers.hf_argparser import HfArg
+
+from qstar.option_checks import check_choice, check_least
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -24,49 +29,35 @@ class DataArguments:
 
     text: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Files, folders or patterns: .parquet has a document a row, .jsonl or .json one a line "
-            "(compressed or not), any other file is one document."
-        },
+        metadata={"help": "Files, folders or patterns: .parquet (a document a row), .jsonl (a line), .txt."},
     )
-    dataset: str | None = field(default=None, metadata={"help": "Anything that datasets.load_dataset reads."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration name."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read Parquet or JSON-lines shards as a stream without end, in memory that does not grow."
-        },
+    dataset: str | None = HfArg(default=None, help="Any data set that datasets.load_dataset reads.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of the data set.")
+    dataset_split: str = HfArg(default="train", help="Split of the data set.")
+    streaming: bool = HfArg(
+        default=False, help="Read Parquet or JSON-lines shards as an endless stream, in constant memory."
     )
-    text_field: str = field(default="text", metadata={"help": "Field of a record that holds the text."})
-    template: str | None = field(
-        default=None, metadata={"help": "Text of a record from its fields, e.g. 'Q: {question} A: {answer}'."}
+    text_field: str = HfArg(default="text", help="Field of a record that holds the text.")
+    template: str | None = HfArg(
+        default=None, help="Text of a record from its fields, e.g. 'Q: {question} A: {answer}'."
     )
-    span_length: int = field(default=256, metadata={"help": "Tokens in a row; longer documents are cut."})
-    spans: str = field(
+    span_length: int = HfArg(default=256, help="Tokens in a row; longer documents are cut.")
+    spans: str = HfArg(
         default="all",
-        metadata={
-            "help": "all: a long document gives all its spans; random: one, from a random token on, as in "
-            "the paper (a stream draws another in each pass)."
-        },
+        help="all: every span of a long document; random: one, from a random token on, as in the paper.",
     )
-    held_out_rows: int = field(
-        default=16, metadata={"help": "Rows kept from training, for the before/after table."}
-    )
+    held_out_rows: int = HfArg(default=16, help="Rows kept from training, for the before/after table.")
 
     def check(self, talk_length: int) -> None:
-        """Raises ValueError for an option that cannot be, with talk_length talk tokens."""
-        for name, least in (("span_length", talk_length + 2), ("held_out_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        if self.spans not in SPANS:
-            raise ValueError(f"spans = {self.spans!r}: must be one of {', '.join(SPANS)}")
+        """Raise ValueError for an option out of range, with talk_length talk tokens."""
+        check_least(self, span_length=talk_length + 2, held_out_rows=1)
+        check_choice(self, spans=SPANS)
         if bool(self.text) == bool(self.dataset):
             raise ValueError(f"text = {self.text}, dataset = {self.dataset!r}: give exactly one of them")
 
     @property
     def source(self) -> str:
-        """The source, as errors name it."""
+        """The source as errors name it."""
         return f"dataset = {self.dataset!r}" if self.dataset else f"text = {self.text}"
 
     @property
@@ -79,7 +70,7 @@ class DataArguments:
 
 
 def kind_of(paths: Iterable[str]) -> str:
-    """ "parquet", "json" (an object a line) or "text". Raises ValueError for files of several kinds."""
+    """Return "parquet", "json" (an object a line) or "text". Raises ValueError for files of several kinds."""
     found: dict[str, str] = {}
     for path in paths:
         found.setdefault(KINDS.get(_ending(path), "text"), path)
@@ -89,14 +80,14 @@ def kind_of(paths: Iterable[str]) -> str:
 
 
 def _ending(path: str | Path) -> str:
-    """ ".parquet" of a.parquet, ".json" of a.json.gz."""
+    """Return ".parquet" for a.parquet, ".json" for a.json.gz."""
     name = PurePosixPath(path)
     return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def find_files(names: list[str], columns: Sequence[str] = ()) -> list[str]:
-    """The files that names, folders and patterns stand for, in order. Raises ValueError for one that stands
-    for none, holds nothing, or has not these columns."""
+    """Find the files that names, folders and patterns stand for, in order. Raises ValueError for a name that
+    stands for none, and for a file that is empty or lacks one of the columns."""
     found: list[str] = []
     for name in names:
         path = Path(name)
@@ -117,7 +108,7 @@ def find_files(names: list[str], columns: Sequence[str] = ()) -> list[str]:
 
 
 def shard_files(arguments: DataArguments) -> list[str]:
-    """The files that a stream reads. Raises ValueError where they are no shards of records."""
+    """Find the files that a stream reads. Raises ValueError if they are no shards of records."""
     if arguments.text:
         files = find_files(arguments.text, arguments.fields)
     else:
@@ -137,47 +128,61 @@ def shard_files(arguments: DataArguments) -> list[str]:
 
 
 def import_datasets(arguments: DataArguments):
-    """The package datasets. Raises ValueError where it is missing."""
+    """Import the package datasets. Raises ValueError if it is missing."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
-            f"{arguments.source}: reading it needs the package datasets; pip install 'qstar[data]'"
-        ) from error
+        raise _missing_package(arguments.source, "datasets") from error
     return datasets
 
 
-def records(path: str, first: int = 0, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a file from its `first`-th on; of a Parquet file only these columns. path: a file, or an
-    address that fsspec opens.
+def _missing_package(source: str, name: str) -> ValueError:
+    return ValueError(f"{source}: reading it needs the package {name}; pip install 'qstar[data]'")
 
-    Raises ValueError, naming the file, where it cannot be read, has not these columns, or a line is no JSON
-    object.
+
+def records(path: str, first: int = 0, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file from its `first`-th on; of a Parquet file only these columns.
+
+    path: a file, or an address that fsspec opens. Raises ValueError, naming the file, if it cannot be read or
+    lacks one of the columns, or if a line is no JSON object.
     """
     kind = kind_of([path])
-    try:
-        with _opened(path, "rb" if kind == "parquet" else "rt") as file:
-            if kind == "parquet":
-                yield from _parquet_rows(path, file, first, columns)
-            elif kind == "json":
-                yield from _json_lines(path, file, first)
-            elif not first and (text := file.read()).strip():
-                yield {"text": text}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text = {path!r}: is no UTF-8 text: {error}") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"text = {path!r}: cannot be read: {error}") from error
+    with _opened("text", path, "rb" if kind == "parquet" else "rt") as file:
+        if kind == "parquet":
+            yield from _parquet_rows(path, file, first, columns)
+        elif kind == "json":
+            yield from _json_lines(path, file, first)
+        elif not first and (text := file.read()).strip():
+            yield {"text": text}
 
 
-def _opened(path: str, mode: str) -> Any:
+def read_text(option: str, path: str) -> str:
+    """Read a whole text file. Raises ValueError, naming the option, if it is missing, empty or not UTF-8."""
+    if not Path(path).is_file():
+        raise ValueError(f"{option} = {path!r}: no such file")
+    with _opened(option, path, "rt") as file:
+        text = file.read()
+    if not text.strip():
+        raise ValueError(f"{option} = {path!r}: the file is empty")
+    return text
+
+
+@contextmanager
+def _opened(option: str, path: str, mode: str) -> Iterator[IO]:
+    """Open a file, compressed or not. Raises ValueError, naming it, for whatever fails while it is read."""
     import fsspec
     from fsspec.compression import compr
 
     if path.endswith(".zst") and "zstd" not in compr:
-        raise ValueError(
-            f"text = {path!r}: reading it needs the package zstandard; pip install 'qstar[data]'"
-        )
-    return fsspec.open(path, mode, compression="infer", **({} if mode == "rb" else {"encoding": "utf-8"}))
+        raise _missing_package(f"{option} = {path!r}", "zstandard")
+    try:
+        encoding = {} if mode == "rb" else {"encoding": "utf-8"}
+        with fsspec.open(path, mode, compression="infer", **encoding) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} = {path!r}: is no UTF-8 text: {error}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{option} = {path!r}: cannot be read: {error}") from error
 
 
 def _parquet_rows(path: str, file: IO, first: int, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -185,9 +190,7 @@ def _parquet_rows(path: str, file: IO, first: int, columns: Sequence[str] | None
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(
-            f"text = {path!r}: reading it needs the package pyarrow; pip install 'qstar[data]'"
-        ) from error
+        raise _missing_package(f"text = {path!r}", "pyarrow") from error
     try:
         table = parquet.ParquetFile(file)
         missing = sorted(set(columns or ()) - set(table.schema_arrow.names))
@@ -196,7 +199,7 @@ def _parquet_rows(path: str, file: IO, first: int, columns: Sequence[str] | None
         wanted = None if columns is None else list(columns)
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
-            if first >= rows:  # passed over without being read
+            if first >= rows:  # skip it unread
                 first -= rows
                 continue
             for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=wanted):
@@ -219,7 +222,8 @@ def _json_lines(path: str, file: IO, first: int) -> Iterator[dict[str, Any]]:
 
 
 def document_text(record: dict[str, Any], text_field: str, template: str | None) -> str:
-    """The text of a record: one of its fields, or a template filled with several. Raises ValueError."""
+    """Return the text of a record: one of its fields, or a template filled with several. Raises ValueError if
+    a field is missing or the text is empty."""
     wanted = _fields(template) if template else {text_field}
     missing = sorted(name for name in wanted if record.get(name) is None)
     if missing:
@@ -233,7 +237,7 @@ def document_text(record: dict[str, Any], text_field: str, template: str | None)
 
 
 def _fields(template: str) -> set[str]:
-    """The fields that a template names."""
+    """Return the fields that a template names. Raises ValueError for a template that names none."""
     try:
         names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Rows of data that is never held: shards read one after the other, packed window by window by workers.
+"""Stream rows of data that is never held whole: shards read one after the other, packed window by window.
 
-The order follows from the seed alone and a position is a few numbers, so that a run goes on exactly where it
-was. datasets.IterableDataset cannot: the buffer of its shuffle is not in its state.
+The order follows from the seed alone and a position is a few numbers, so a run resumes exactly where it was.
+datasets.IterableDataset cannot: the buffer of its shuffle is not in its state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, takewhile
 from threading import Thread
@@ -21,17 +22,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from qstar.data.packing import encode, pack_rows
 from qstar.data.sources import DataArguments, records, shard_files
+from qstar.option_checks import check_least
 
 Row = dict[str, list[int]]
 Packed = list[tuple[np.ndarray, np.ndarray]]  # input_ids and position_ids of each row, int32
 
 WINDOW = 2**20  # characters: about a thousand rows of 256 tokens
-KEPT_WINDOWS = 1024  # whose begin is known: consumers fetch far fewer ahead
+KEPT_WINDOWS = 1024  # windows whose start is remembered: consumers fetch far fewer ahead
 PASSED_OVER: Row = {"input_ids": [0], "position_ids": [0]}
 
 
 class Position(NamedTuple):
-    """A document: in which pass over the data, at which of its shuffled shards, and where in there."""
+    """A document: in which pass over the data, in which of its shuffled shards, and where in that shard."""
 
     epoch: int = 0
     shard: int = 0
@@ -42,16 +44,16 @@ class RowStream(IterableDataset):
     """Rows (input_ids, position_ids) without end, from Parquet or JSON-lines shards; see DataArguments.
 
     Every pass takes the shards in another order, one at a time. Documents of about `window` characters are
-    packed (`pack_rows`) and the rows shuffled, which reaches no further. Spans and order of a window follow
-    from the seed and the window's position: the rows are the same for any number of `workers`, processes that
-    tokenize windows (0: this process does). Memory is that of a few windows a worker, and of the longest
+    packed (`pack_rows`) and their rows shuffled among themselves. Spans and order of a window follow from the
+    seed and the window's position, so the rows are the same for any number of `workers`, the processes that
+    tokenize windows (0: this process does). Memory is that of a few windows per worker, and of the longest
     document.
 
     held_out: rows of the first documents of the unshuffled data; texts equal to those are left out. Rows have
     more than talk_length tokens: others could not be scored after a thought.
 
-    Raises ValueError for a source that is missing, mixed, unreadable, too small or without the fields asked
-    for: when made, for what is wrong at the begin of a file, else when it is read, naming the file.
+    Raises ValueError, naming the file, for a source that is missing, mixed, unreadable, too small or without
+    the fields asked for: from the constructor if the start of a file is wrong, else when it is read.
     """
 
     def __init__(
@@ -64,12 +66,12 @@ class RowStream(IterableDataset):
         window: int = WINDOW,
     ):
         arguments.check(talk_length)
-        for name, value, least in (("seed", seed, 0), ("workers", workers, 0), ("window", window, 1)):
-            if value < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}")
         self.arguments, self.seed, self.workers, self.window = arguments, seed, workers, window
+        check_least(self, seed=0, workers=0, window=1)
         self.shards = shard_files(arguments)
-        self._packer = _Packer(tokenizer, arguments.span_length, arguments.spans, talk_length, seed)
+        self._packer = _Packer(
+            tokenizer, arguments.span_length, arguments.spans == "random", talk_length, seed
+        )
         self._left_out: frozenset[str] = frozenset()
         self.held_out = self._hold_out()
         self._begin, self._offset, self._passed = Position(), 0, 0
@@ -77,7 +79,7 @@ class RowStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Row]:
         if get_worker_info() is not None:
-            raise ValueError("num_workers of the DataLoader: must be 0, a RowStream has `workers` of its own")
+            raise ValueError("num_workers of the DataLoader: must be 0; a RowStream has `workers` of its own")
         self._count_from(0)
         for _ in range(self._passed):
             self._taken += 1
@@ -91,8 +93,9 @@ class RowStream(IterableDataset):
             skip = max(skip - len(rows), 0)
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the row after the first `taken` of this iteration is; default: after all that were handed
-        out. Whoever fetches ahead says how many rows were really used."""
+        """Return the position after the first `taken` rows of this iteration, by default after all that were
+        handed out; a loader that fetches ahead says how many were really used. Raises ValueError for a number
+        of rows handed out too long ago or not yet."""
         taken = self._taken if taken is None else taken
         least = self._windows[0][0]
         if not least <= taken <= self._taken:
@@ -101,26 +104,29 @@ class RowStream(IterableDataset):
         return {"position": list(position), "offset": taken - first} | self._order
 
     def load_state_dict(self, state: dict[str, Any], passed: int = 0) -> None:
-        """The next iteration begins there. passed: so many rows without text come first, for a trainer that
-        asks for all rows it has had, to drop them. Raises ValueError for the state of another stream."""
+        """Begin the next iteration there. passed: so many rows without text come first, for a trainer that
+        asks again for all rows it has had, to drop them. Raises ValueError for the state of another
+        stream."""
         for name, value in self._order.items():
             if state.get(name) != value:
-                raise ValueError(f"{name} = {value!r}: the stream to go on with had {state.get(name)!r}")
+                raise ValueError(f"{name} = {value!r}: the stream to resume had {state.get(name)!r}")
         self._begin, self._offset = Position(*state["position"]), state["offset"]
         self._passed = passed
         self._count_from(passed)
 
     @property
     def _order(self) -> dict[str, Any]:
-        """What the order of the rows follows from, beside the texts and the tokenizer."""
+        """What the order of the rows depends on, beside the texts and the tokenizer."""
         named = ("span_length", "spans", "held_out_rows")
         own = {"seed": self.seed, "shards": len(self.shards), "window": self.window}
         return own | {name: getattr(self.arguments, name) for name in named}
 
     def _count_from(self, taken: int) -> None:
-        """(rows of this iteration before it, position) of each window, the first of them under way."""
         self._taken = taken
-        begun = self._passed - self._offset, self._begin
+        begun = (
+            self._passed - self._offset,
+            self._begin,
+        )  # (rows of this iteration before a window, its place)
         self._windows: deque[tuple[int, Position]] = deque([begun], KEPT_WINDOWS)
 
     def _packed(self, begin: Position) -> Iterator[tuple[Position, Packed]]:
@@ -129,9 +135,9 @@ class RowStream(IterableDataset):
             sampler=self._windows_from(begin),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=tuple,  # which an item is already
             worker_init_fn=partial(_end_with, os.getpid()) if self.workers else None,
-            generator=torch.Generator(),  # else it would draw from torch's, as thoughts do
+            generator=torch.Generator(),  # else it would draw from torch's, which thoughts draw from
         )
         for position, rows in loader:
             if isinstance(rows, ValueError):
@@ -157,7 +163,7 @@ class RowStream(IterableDataset):
                 return  # all documents are held out
 
     def _texts(self, order: Iterable[int], begin: Position) -> Iterator[tuple[Position, str]]:
-        """The documents of one pass, from there on."""
+        """Yield the documents of one pass, from `begin` on."""
         for shard, number in enumerate(order):
             if shard < begin.shard:
                 continue
@@ -196,22 +202,25 @@ class RowStream(IterableDataset):
         return any(map(self._packer.pack, one_pass))
 
 
+@dataclass(frozen=True)
 class _Packer(Dataset):
-    """Windows of texts to rows; what a worker does."""
+    """Turns windows of texts into rows, in a worker."""
 
-    def __init__(self, tokenizer, span_length: int, spans: str, talk_length: int, seed: int):
-        self.tokenizer, self.span_length, self.draws = tokenizer, span_length, spans == "random"
-        self.talk_length, self.seed = talk_length, seed
+    tokenizer: Any
+    span_length: int
+    draws: bool  # one random span of each document
+    talk_length: int
+    seed: int
 
     def __getitem__(self, window: tuple[Position, list[str]]) -> tuple[Position, Packed | ValueError]:
         try:
             return window[0], self.pack(window)
         except ValueError as error:
-            return window[0], error  # a worker that raises it would put its traceback into the message
+            return window[0], error  # raised in a worker, its message would hold a traceback
 
     def pack(self, window: tuple[Position, list[str]]) -> Packed:
         (epoch, shard, document), texts = window
-        # one more than the document: numbers that end in zeros are the same seed as without them
+        # document + 1: a trailing 0 would not change the seed
         draw = np.random.default_rng([self.seed, epoch, shard, document + 1])
         return self.rows(encode(texts, self.tokenizer), draw)
 
@@ -229,13 +238,9 @@ def _row(ids: np.ndarray, positions: np.ndarray) -> Row:
     return {"input_ids": ids.tolist(), "position_ids": positions.tolist()}
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def _end_with(parent: int, worker: int) -> None:
-    """Ends this worker when its parent was killed. A window is more than a pipe holds: the worker would wait
-    for ever for the rest of one, or for a reader."""
+    """End this worker when its parent was killed: a window is more than a pipe holds, so it would wait for
+    ever for the rest of one, or for a reader."""
 
     def watch() -> None:
         while os.getppid() == parent:

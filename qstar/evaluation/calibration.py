@@ -1,4 +1,4 @@
-"""Where to think: the entropy of the base prediction above which a thought is worth its time."""
+"""Find the entropy of the base prediction above which a thought is worth its time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Threshold:
 
 
 def threshold(base_entropy: Tensor, gain: Tensor, keep: float) -> Threshold:
-    """The fewest tokens that keep the share `keep` of the thoughts' gain.
+    """Find the fewest tokens that keep the share `keep` of the thoughts' gain.
 
-    base_entropy [tokens] in nats; gain [tokens] = base NLL - mixed NLL. Raises ValueError where thoughts gain
-    nothing at all.
+    base_entropy [tokens] in nats; gain [tokens] = base NLL - mixed NLL. Raises ValueError if thoughts gain
+    nothing in all.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep = {keep}: must be in (0, 1]")

@@ -1,12 +1,13 @@
-"""The model `qstar` of EleutherAI's lm-evaluation-harness: every task of it, with thoughts.
+"""Register the model `qstar` with EleutherAI's lm-evaluation-harness: every task of it, with thoughts.
 
 Tokens, batches of generation, chat templates and caches are the harness's own (HFLM); what a thought changes
-is here. `qstar lm_eval` runs the harness with this module imported, which registers the model.
+is here. `qstar lm_eval` imports this module and runs the harness.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -18,20 +19,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from qstar.evaluation.predictions import Predictions, Thinking, evaluated, padded, predict
+from qstar.evaluation.predictions import Predictions, ThoughtSampling, evaluated, padded, predict
 from qstar.generation.loop import THINK
 from qstar.model import QuietStarForCausalLM
 from qstar.supported import context_length
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # the harness shows its own loggers alone
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation)
+Group = tuple[tuple[int, ...], int]  # (tokens, how many of their last positions predict a continuation)
+Answer = tuple[float, bool]  # (log-likelihood of a continuation, whether it is the greedy one)
 
 
 @register_model("qstar")
 class QuietStarLM(HFLM):
     """model_args: pretrained, the folder of a checkpoint; think: always, adaptive or never;
     thought_temperature: 0 is argmax; entropy_threshold: for adaptive, default as `qstar calibrate` found;
-    dtype; tokenizer, max_length, add_bos_token and prefix_token_id as of the harness's `hf`.
+    dtype; tokenizer, max_length, add_bos_token and prefix_token_id as for the harness's `hf`.
 
     Log-likelihoods are those of the mixed prediction after a thought at every position that predicts a token
     of the continuation. Raises ValueError for an option out of range.
@@ -58,7 +61,7 @@ class QuietStarLM(HFLM):
             raise ValueError(f"batch_size = {batch_size!r}: must be a positive number")
         if isinstance(pretrained, str):
             name = pretrained
-            if not torch.cuda.is_available() and device != "cpu":  # the harness says cuda:0 unless it is told
+            if not torch.cuda.is_available() and device != "cpu":  # the harness's default is cuda:0
                 log.warning("device = %s: torch sees no GPU, the model runs on the CPU", device)
                 device = "cpu"
             model = QuietStarForCausalLM.from_pretrained(pretrained, dtype=dtype).to(device or "cuda")
@@ -74,7 +77,7 @@ class QuietStarLM(HFLM):
             prefix_token_id=prefix_token_id,
         )
         self.think = think
-        self.thinking = Thinking(thought_temperature)
+        self.thinking = ThoughtSampling(thought_temperature)
         self.entropy_threshold: Any = entropy_threshold
         if entropy_threshold is None:
             self.entropy_threshold = model.quiet_star.entropy_threshold
@@ -92,29 +95,29 @@ class QuietStarLM(HFLM):
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
+    ) -> list[Answer]:
         # the choices of a question differ in their last token alone: what is read for one is read for all
-        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        groups: dict[Group, list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            groups.setdefault((self._read(context, continuation), len(continuation)), []).append(number)
+            groups[self._read(context, continuation), len(continuation)].append(number)
         order = sorted(groups, key=lambda group: -len(group[0]))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        found: list[Answer] = [(0.0, False)] * len(requests)
         size = override_bs or self.batch_size
         with tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood requests") as bar:
             for first in range(0, len(order), size):
                 batch = order[first : first + size]
-                asked = [[requests[number][2] for number in groups[group]] for group in batch]
-                for group, answers in zip(batch, self._scored(batch, asked)):
-                    for number, answer in zip(groups[group], answers):
-                        found[number] = answer
-                        if requests[number][0] is not None:  # a window of a rolling text has no key
-                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
-                    bar.update(len(answers))
+                numbers = [groups[group] for group in batch]
+                continuations = [[requests[number][2] for number in of] for of in numbers]
+                asked = [number for of in numbers for number in of]
+                for number, answer in zip(asked, self._scored(batch, continuations)):
+                    found[number] = answer
+                    if requests[number][0] is not None:  # a window of a rolling text has no key
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                bar.update(len(asked))
         return found
 
     def _read(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """The tokens that predict the continuation, cut on the left where they are too many, which is
-        logged."""
+        """Return the tokens that predict the continuation; too many are cut on the left, with a warning."""
         if len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation has {len(continuation)} tokens: {self.max_length} fit beside a thought"
@@ -125,29 +128,23 @@ class QuietStarLM(HFLM):
         return tuple(whole[-self.max_length :])
 
     @torch.no_grad()
-    def _scored(
-        self, batch: list[tuple[tuple[int, ...], int]], asked: list[list[list[int]]]
-    ) -> list[list[tuple[float, bool]]]:
-        """(log-likelihood, whether greedy) of the continuations asked for after each (tokens, how many of
-        their last positions predict the continuation)."""
-        positions = [(ids, range(len(ids) - count, len(ids))) for ids, count in batch]
-        tensors, at = padded(positions, self.device)
-        predictions = self._predictions(tensors, at)
+    def _scored(self, batch: list[Group], asked: list[list[list[int]]]) -> list[Answer]:
+        """Return the answers to all continuations asked for after each group, one after the other."""
+        rows = [(ids, range(len(ids) - count, len(ids))) for ids, count in batch]
+        predictions = self._predictions(*padded(rows, self.device))
         where: list[int] = []
         targets: list[int] = []
+        sizes: list[int] = []
         first = 0
         for (_, count), continuations in zip(batch, asked):
             for continuation in continuations:
                 where += range(first, first + count)
                 targets += continuation
+                sizes.append(count)
             first += count
         log_p, best = self._at(predictions, torch.tensor(where), torch.tensor(targets))
-        sizes = [count for (_, count), continuations in zip(batch, asked) for _ in continuations]
-        each = iter(
-            (float(p.double().sum()), bool(hit.all()))
-            for p, hit in zip(log_p.split(sizes), best.split(sizes))
-        )
-        return [[next(each) for _ in continuations] for continuations in asked]
+        answers = zip(log_p.split(sizes), best.split(sizes))
+        return [(float(p.double().sum()), bool(hit.all())) for p, hit in answers]
 
     def _predictions(self, batch: dict[str, Tensor], at: Tensor) -> Predictions:
         way = "without" if self.think == "never" else "thoughts"
@@ -158,19 +155,15 @@ class QuietStarLM(HFLM):
         return found
 
     def _at(self, predictions: Predictions, where: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(log p, whether it is the likeliest) of targets [N] by the predictions `where` [N]: on the CPU, and
-        without ever holding all logits."""
+        """Return log p of targets [N], and whether each is the likeliest, by the predictions `where` [N]: on
+        the CPU, and without ever holding all logits."""
         head, found = self.model.linear_head(), []
-        where, targets = where.to(self.device), targets.to(self.device)
         rows = chunk_rows(len(head.weight))
-        for first in range(0, len(where), rows):
-            part = slice(first, first + rows)
-            log_p = predictions.logits(head, where[part]).log_softmax(-1)
-            target = targets[part, None]
-            found.append(
-                (log_p.gather(1, target)[:, 0].cpu(), (log_p.argmax(-1, keepdim=True) == target)[:, 0].cpu())
-            )
-        return torch.cat([p for p, _ in found]), torch.cat([hit for _, hit in found])
+        for at, target in zip(where.to(self.device).split(rows), targets.to(self.device).split(rows)):
+            log_p = predictions.logits(head, at).log_softmax(-1)
+            found.append((log_p.gather(1, target[:, None])[:, 0].cpu(), (log_p.argmax(-1) == target).cpu()))
+        log_ps, hits = zip(*found)
+        return torch.cat(log_ps), torch.cat(hits)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         if not options.get("do_sample"):

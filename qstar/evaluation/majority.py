@@ -1,8 +1,8 @@
-"""cot-maj@k: the model writes k chains of thought aloud, each ends in a number, and the majority answers.
+"""Score cot-maj@k: the model writes k chains of thought aloud, each ends in a number, the majority answers.
 
-Source: arXiv 2403.09629, section 5 and appendix, as in the authors' code: sampled at temperature 0.9, cut
-where another question begins, then asked for the answer, whose first integer counts; a chain without any is a
-vote for none.
+Source: arXiv 2403.09629, section 5 and appendix, as in the authors' code: chains are sampled at temperature
+0.9, cut where another question begins, then asked for the answer, whose first integer counts; a chain without
+an integer is a vote for none.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from qstar.data import left_padded
-from qstar.evaluation.predictions import Thinking
+from qstar.evaluation.predictions import ThoughtSampling
 from qstar.evaluation.questions import Question
-from qstar.evaluation.run import Figures
+from qstar.evaluation.run import Figures, Task
 from qstar.model import QuietStarForCausalLM
+from qstar.option_checks import check_least
 from qstar.supported import context_length
 
 BEGIN = " Let's think step by step."
@@ -33,37 +34,36 @@ def first_integer(text: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class MajorityVote:
-    """A `run.Task`; the figures of a question are the answers of its chains, chain, the share of them that is
-    right, and majority, 0 or 1. Thoughts before every token of a chain."""
+class MajorityVote(Task):
+    """Questions to vote on, with thoughts before every token of a chain; the figures of a question are the
+    answers of its chains, chain, the share of them that is right, and majority, 0 or 1. Raises ValueError for
+    an option out of range."""
 
-    questions: Sequence[Question]
+    items: Sequence[Question]
     tokenizer: Any
     votes: int = 8
     temperature: float = 0.9
     chain_tokens: int = 384
     answer_tokens: int = 12
-    ways = ("without", "thoughts")
+    ways = tuple(THINK)
     metrics = ("chain", "majority")
 
     def __post_init__(self) -> None:
-        for name in ("votes", "chain_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_least(self, votes=1, chain_tokens=1, answer_tokens=1)
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be positive, or all votes are one")
 
     @property
     def lengths(self) -> list[int]:
-        return [len(self._ids(question)) for question in self.questions]
+        return [len(self._ids(question.prompt + BEGIN)) for question in self.items]
 
-    def _ids(self, question: Question) -> list[int]:
-        return self.tokenizer(question.prompt + BEGIN, verbose=False)["input_ids"]
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     def check(self, model: QuietStarForCausalLM) -> None:
-        asked = len(self.tokenizer(ASK)["input_ids"])
         slots = model.quiet_star.thought_length + 2
-        needed = max(self.lengths) + self.chain_tokens + asked + self.answer_tokens - 1 + slots
+        new = self.chain_tokens + len(self._ids(ASK)) + self.answer_tokens
+        needed = max(self.lengths) + new - 1 + slots
         context = context_length(model.config)
         if context is not None and needed > context:
             raise ValueError(
@@ -71,26 +71,16 @@ class MajorityVote:
                 f"thought take {needed} positions, more than the model's context of {context}"
             )
 
-    def score(
-        self,
-        model: QuietStarForCausalLM,
-        questions: list[int],
-        ways: tuple[str, ...],
-        thinking: Thinking,
-        generator: torch.Generator,
-    ) -> dict[str, list[Figures]]:
-        asked = [self.questions[i] for i in questions]
+    def score(self, model, questions, ways, thinking, generator) -> dict[str, list[Figures]]:
+        asked = [self.items[i] for i in questions]
+        prompts = [question.prompt + BEGIN for question in asked for _ in range(self.votes)]
         figures: dict[str, list[Figures]] = {}
         for way in ways:
-
-            def write(prompts: list[str], tokens: int, stop: list[str] | None, way=way) -> list[str]:
-                seed = generator.initial_seed()
-                return self._continued(model, prompts, tokens, stop, THINK[way], thinking, seed)
-
-            prompts = [question.prompt + BEGIN for question in asked for _ in range(self.votes)]
-            chains = [self._chain(text) for text in write(prompts, self.chain_tokens, ["Q:"])]
-            finals = [prompt + chain + ASK for prompt, chain in zip(prompts, chains)]
-            answers = [first_integer(text) for text in write(finals, self.answer_tokens, None)]
+            how = THINK[way], thinking, generator.initial_seed()
+            texts = self._continued(model, prompts, self.chain_tokens, ["Q:"], *how)
+            finals = [prompt + self._chain(text) + ASK for prompt, text in zip(prompts, texts)]
+            texts = self._continued(model, finals, self.answer_tokens, None, *how)
+            answers = [first_integer(text) for text in texts]
             figures[way] = [
                 self._counted(question, answers[i * self.votes : (i + 1) * self.votes])
                 for i, question in enumerate(asked)
@@ -99,7 +89,7 @@ class MajorityVote:
 
     @staticmethod
     def _chain(text: str) -> str:
-        """Up to where another question begins, or the second gap of two empty lines."""
+        """Cut a text where another question begins, or at the second gap of two empty lines."""
         text = text.split("Q:")[0]
         return "\n\n\n".join(text.split("\n\n\n")[:2]).rstrip()
 
@@ -117,16 +107,16 @@ class MajorityVote:
         tokens: int,
         stop: list[str] | None,
         think: str,
-        thinking: Thinking,
+        thinking: ThoughtSampling,
         seed: int,
     ) -> list[str]:
-        encoded = [self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        """Return what the model writes after each prompt, at most so many tokens."""
+        encoded = [self._ids(prompt) for prompt in prompts]
         ids, mask = left_padded(encoded)
-        device = model.boundary.start_raw.device
         eos = self.tokenizer.eos_token_id
         written = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=tokens,
             do_sample=True,
             temperature=self.temperature,
@@ -138,9 +128,9 @@ class MajorityVote:
             tokenizer=self.tokenizer,
             think=think,
             thought_temperature=thinking.temperature,
-            generator=torch.Generator(device).manual_seed(seed),
+            generator=torch.Generator(model.device).manual_seed(seed),
         )
-        # decoded with its prompt: alone, some tokenizers lose the space before the first token
+        # decode with the prompt: alone, some tokenizers lose the space before the first token
         before = [len(self.tokenizer.decode(x, skip_special_tokens=True)) for x in encoded]
         new = written[:, ids.shape[1] :].tolist()
         whole = [self.tokenizer.decode(x + y, skip_special_tokens=True) for x, y in zip(encoded, new)]

@@ -1,9 +1,9 @@
-"""Questions whose answer is a few tokens of a fixed set, as text and as tokens: GSM8K and CommonsenseQA in
-the paper's format, and any other multiple choice.
+"""Read questions whose answer is a few tokens of a fixed set: GSM8K and CommonsenseQA in the paper's format,
+and any other multiple choice.
 
 Source: arXiv 2403.09629, section 5, as in the authors' code: the answer follows "A:" and ends with a newline;
-every token of it that is in the set counts, a token that is not (the space before a number, the comma inside
-one) is read and not scored.
+each of its tokens that is in the set is scored; others (the space before a number, the comma inside one) are
+read and not scored.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
@@ -21,8 +22,8 @@ DIGITS = re.compile(r"[Ġ▁ ]?[0-9]+")  # a token that is a number, perhaps wit
 
 @dataclass(frozen=True)
 class Question:
-    """prompt ends with "A:", answer begins with a space and ends with a newline; labels: those of the
-    choices, or None, where the answer is a number."""
+    """A question as text: prompt ends with "A:", answer begins with a space and ends with a newline; labels
+    of the choices, or None if the answer is a number."""
 
     prompt: str
     answer: str
@@ -31,8 +32,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """A question as tokens. at[i] is the position that predicts its i-th scored token, which is
-    allowed[targets[i]]; allowed: the ids of the set."""
+    """A question as tokens: position at[i] predicts its i-th scored token, which is allowed[targets[i]];
+    allowed: the ids of the set."""
 
     input_ids: list[int]
     at: list[int]
@@ -41,7 +42,8 @@ class Item:
 
 
 def gsm8k(record: dict[str, Any]) -> Question:
-    """From `question` and `answer`, of which what follows "####" counts. Raises ValueError."""
+    """Read a record with `question` and `answer`; the number after "####" counts. Raises ValueError for any
+    other record."""
     question, answer = (record.get(name) for name in ("question", "answer"))
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise ValueError("has no texts `question` and `answer`, the latter with its number after ####")
@@ -52,9 +54,9 @@ def gsm8k(record: dict[str, Any]) -> Question:
 
 
 def choice(record: dict[str, Any]) -> Question:
-    """From `question` (or `question_stem`), `choices` {label, text} or a list of texts, and `answerKey` or
-    `answer`, a label or, with a list, an index; also CommonsenseQA's first format, where `question` holds
-    stem and choices. Raises ValueError."""
+    """Read a record of multiple choice: `question` (or `question_stem`), `choices` {label, text} or a list of
+    texts, and `answerKey` (or `answer`), a label or, with a list, an index. In CommonsenseQA's first format
+    `question` holds stem and choices. Raises ValueError for any other record."""
     question: Any = record.get("question", record.get("question_stem"))
     choices = record.get("choices")
     if isinstance(question, dict):
@@ -72,7 +74,7 @@ def choice(record: dict[str, Any]) -> Question:
 
 
 def _choices(choices: Any) -> tuple[list[str], list[str]]:
-    """(labels, texts); nothing, for what is neither form."""
+    """Return labels and texts, both empty for choices of neither form."""
     labels: Any = None
     texts: Any = None
     if isinstance(choices, dict):
@@ -86,13 +88,13 @@ def _choices(choices: Any) -> tuple[list[str], list[str]]:
 
 
 class Tokens:
-    """Questions to tokens, by one tokenizer."""
+    """Turns questions into tokens of one tokenizer. Raises ValueError if that has no token for a newline."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.newline = self._ids("0\n", add_special_tokens=False)[-1]
         if tokenizer.decode([self.newline]) != "\n":
-            raise ValueError("tokenizer: a newline after a number is no token of its own")
+            raise ValueError("tokenizer: a newline after a number must be a token of its own")
         numbers = {i for text, i in tokenizer.get_vocab().items() if DIGITS.fullmatch(text)}
         self.numbers = tuple(sorted(numbers | {self.newline}))
         self._labels: dict[str, int] = {}
@@ -101,7 +103,7 @@ class Tokens:
         return self.tokenizer(text, verbose=False, **options)["input_ids"]
 
     def _label(self, label: str) -> int:
-        """The token of a label after "A:". Raises ValueError where it takes several."""
+        """Return the token of a label after "A:". Raises ValueError for a label of several tokens."""
         if label not in self._labels:
             answer, _ = self._answer(f"A: {label}\n", "A:")
             tokens = [i for i in answer if self.tokenizer.decode([i], skip_special_tokens=True).strip()]
@@ -111,15 +113,13 @@ class Tokens:
         return self._labels[label]
 
     def _answer(self, text: str, prompt: str) -> tuple[list[int], int]:
-        """(tokens of `text` that are not the prompt's, how many come before them)."""
+        """Return the tokens of `text` that are not the prompt's, and how many come before them."""
         whole, before = self._ids(text), self._ids(prompt)
-        same = 0
-        while same < min(len(whole), len(before)) and whole[same] == before[same]:
-            same += 1
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, before)))
         return whole[same:], same
 
     def item(self, question: Question) -> Item:
-        """Raises ValueError for an answer that this tokenizer does not spell in tokens of the set."""
+        """Tokenize a question. Raises ValueError if the answer's tokens of the set do not spell it."""
         if question.labels is None:
             allowed, wanted = self.numbers, re.sub("[^0-9\n]", "", question.answer)
         else:
@@ -130,8 +130,8 @@ class Tokens:
         spelled = "".join(self.tokenizer.decode([answer[i]]).strip(" ") for i in scored)
         if spelled != wanted:
             raise ValueError(
-                f"its answer {question.answer.strip()!r} is spelled {answer} by this tokenizer, of which the "
-                "tokens of the set do not give the answer"
+                f"its answer {question.answer.strip()!r} has tokens {answer}, of which those of the set do "
+                "not spell it"
             )
         return Item(
             input_ids=self._ids(question.prompt)[:before] + answer,
@@ -142,8 +142,11 @@ class Tokens:
 
 
 def fitted(items: Iterable[Item], longest: int | None, truncate: bool = False) -> tuple[list[Item], int]:
-    """(the items, none longer than `longest` tokens (None: no end); how many are cut). Raises ValueError for
-    one that is too long, or cuts it on the left, which is logged, where `truncate` says so."""
+    """Return the items and how many of them were cut to `longest` tokens (None: no limit).
+
+    Cuts on the left and logs it if `truncate`. Raises ValueError for an item that is too long otherwise, or
+    whose answer would be cut.
+    """
     found, cut = [], 0
     for number, item in enumerate(items):
         over = 0 if longest is None else len(item.input_ids) - longest

@@ -1,54 +1,91 @@
-"""An evaluation: models in turn, each in its conditions, over the batches of a task.
+"""Run an evaluation: models in turn, each in its conditions, over the batches of a task.
 
-A batch of a model is read once for all its conditions. Its random numbers follow from seed and batch alone,
-so a run that goes on where another stopped measures what that one would have measured.
+A batch of a model is read once for all its conditions. Its random numbers follow from the seed and the batch
+alone, so a resumed run measures what an uninterrupted one would have measured.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
+from qstar_kernels.vocabulary import LinearHead
 from tqdm.auto import tqdm
 
 from qstar.base_model import in_eval_mode
-from qstar.evaluation.predictions import Thinking
+from qstar.evaluation.predictions import Predictions, ThoughtSampling, evaluated, padded, predict
 from qstar.evaluation.results import Results
 from qstar.model import QuietStarForCausalLM
 
 Figures = dict[str, Any]  # of one question in one condition, ready for JSON
 
 
-class Task(Protocol):
-    """Questions, and how they are scored. lengths: tokens of each; ways: those that can be scored."""
+class Task(ABC):
+    """Questions and how to score them; ways: those that can be scored."""
+
+    ways: ClassVar[tuple[str, ...]]
 
     @property
-    def lengths(self) -> list[int]: ...
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Tokens of each question."""
 
-    @property
-    def ways(self) -> tuple[str, ...]: ...
-
+    @abstractmethod
     def check(self, model: QuietStarForCausalLM) -> None:
-        """Raises ValueError where a question does not fit the model."""
+        """Raise ValueError if a question does not fit the model's context."""
 
+    @abstractmethod
     def score(
         self,
         model: QuietStarForCausalLM,
         questions: list[int],
         ways: tuple[str, ...],
-        thinking: Thinking,
+        thinking: ThoughtSampling,
         generator: torch.Generator,
     ) -> dict[str, list[Figures]]:
-        """The figures of these questions, by way."""
+        """Return the figures of the questions with these numbers, by way."""
+
+
+@dataclass(frozen=True)
+class RowTask(Task):
+    """A task whose questions are rows of tokens, items (input_ids, at), scored by the predictions after the
+    positions `at`; predicted_by: the way whose predictions another way is scored from."""
+
+    items: Sequence[Any]
+    predicted_by: ClassVar[dict[str, str]] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(item.input_ids) for item in self.items]
+
+    def check(self, model: QuietStarForCausalLM) -> None:
+        model.check_length(max(self.lengths), "the longest row", evaluated(model.quiet_star))
+
+    def score(self, model, questions, ways, thinking, generator) -> dict[str, list[Figures]]:
+        items = [self.items[i] for i in questions]
+        batch, at = padded([(item.input_ids, item.at) for item in items], model.device)
+        sources = {way: self.predicted_by.get(way, way) for way in ways}
+        found = predict(model, batch, at, tuple(sources.values()), thinking, generator)
+        return {
+            way: self.figures(way, items, found[source], model.linear_head())
+            for way, source in sources.items()
+        }
+
+    @abstractmethod
+    def figures(
+        self, way: str, items: Sequence[Any], predictions: Predictions, head: LinearHead
+    ) -> list[Figures]:
+        """Return the figures of each item; predictions: those of all items, one after the other."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, opened when its turn comes, and the names of its conditions by way; plain: it never learned
-    to think, what is not of its base model is there by chance."""
+    """A model, opened when its turn comes, and the names of its conditions by way; plain: it never learned to
+    think, so only its base model is its own."""
 
     name: str
     open: Callable[[], QuietStarForCausalLM]
@@ -57,7 +94,7 @@ class Contestant:
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Numbers of questions, the longest first, in batches as even as can be: none is left over, alone."""
+    """Split the numbers of the questions, longest first, into batches whose sizes differ by at most one."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = -(-len(order) // batch_size)
     borders = [len(order) * i // count for i in range(count + 1)]
@@ -70,29 +107,25 @@ def evaluate(
     contestants: Sequence[Contestant],
     results: Results,
     batch_size: int = 8,
-    thinking: Thinking | None = None,
+    thinking: ThoughtSampling | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Adds to the results what is missing there."""
-    thinking = thinking or Thinking()
+    """Add to the results what is missing there."""
+    thinking = thinking or ThoughtSampling()
     all_batches = batches(task.lengths, batch_size)
     for contestant in contestants:
-        model = contestant.open()
+        model, conditions = contestant.open(), contestant.conditions
         results.begin(contestant.name, model.base if contestant.plain else model)
         task.check(model)
-        conditions = contestant.conditions
         waiting = [
             (number, batch)
             for number, batch in enumerate(all_batches)
             if not all(results.has(condition, i) for condition in conditions.values() for i in batch)
         ]
-        total = len(task.lengths)
-        left = sum(len(batch) for _, batch in waiting)
-        with (
-            in_eval_mode(model),
-            tqdm(total=total, initial=total - left, desc=contestant.name, disable=not progress) as bar,
-        ):
+        done = len(task.lengths) - sum(len(batch) for _, batch in waiting)
+        bar = tqdm(total=len(task.lengths), initial=done, desc=contestant.name, disable=not progress)
+        with in_eval_mode(model), bar:
             for number, batch in waiting:
                 source = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 found = task.score(model, batch, tuple(conditions), thinking, source)

@@ -1,7 +1,7 @@
 """Means with bootstrap intervals, and paired differences of them.
 
-What is drawn again, with replacement, are clusters: questions, or the texts that tokens lie in, since tokens
-of one text are alike. Every condition sees the same draws: differences are paired.
+Clusters are drawn again with replacement: questions, or the texts that tokens lie in, since tokens of one
+text are alike. Every condition sees the same draws, so differences are paired.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Sums:
-    """What one condition measured: sums[c] of `counts[c]` values in each cluster c, fp64 [C]."""
+    """The values of one condition: sums[c] of counts[c] values in each cluster c, fp64 [C]."""
 
     sums: np.ndarray
     counts: np.ndarray
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Sums:
-        """One value a cluster."""
+        """Take each value as a cluster."""
         return cls(np.asarray(values, dtype=np.float64), np.ones(len(values)))
 
     @classmethod
     def by_cluster(cls, values: np.ndarray, cluster: np.ndarray, chosen: np.ndarray | None = None) -> Sums:
-        """values, cluster (their numbers from 0), chosen (bool) [N]."""
+        """Sum values [N] by cluster [N], numbers from 0; only those chosen, bool [N], if it is given."""
         one = np.ones(len(values)) if chosen is None else chosen.astype(np.float64)
         count = int(cluster.max()) + 1
         return cls(np.bincount(cluster, values * one, count), np.bincount(cluster, one, count))
@@ -46,12 +46,12 @@ class Estimate:
 
 
 def estimates(
-    of: dict[str, Sums], pairs: Sequence[tuple[str, str]], seed: int = 0, resamples: int = RESAMPLES
+    of: dict[str, Sums], pairs: Sequence[tuple[str, str]], seed: int = 0
 ) -> tuple[dict[str, Estimate], dict[tuple[str, str], Estimate]]:
-    """(mean of each condition, difference a - b of each pair of conditions), with percentile intervals.
+    """Estimate the mean of each condition and the difference a - b of each pair, with percentile intervals.
 
-    All conditions have the same clusters and counts. A draw in which nothing is counted (of a few hard
-    tokens in a few texts) is left out.
+    All conditions have the same clusters and counts. A draw in which nothing is counted, possible with a few
+    hard tokens in a few texts, is left out.
     """
     names = list(of)
     counts = of[names[0]].counts
@@ -59,9 +59,8 @@ def estimates(
     clusters, n = len(counts), int(counts.sum())
     source = np.random.default_rng(seed)
     drawn = []
-    for first in range(0, resamples, 500):
-        size = min(500, resamples - first)
-        times = source.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+    for _ in range(RESAMPLES // 500):  # 500 at a time, to bound the memory
+        times = source.multinomial(clusters, np.full(clusters, 1 / clusters), size=500)
         total = times @ counts
         drawn.append((times @ sums)[total > 0] / total[total > 0, None])
     means, spread = sums.sum(0) / n, np.concatenate(drawn)

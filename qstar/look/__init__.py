@@ -1,1 +1,1 @@
-"""A text as one page in which a person sees the model think."""
+"""Show a text as one page in which a person sees the model think."""

@@ -5,11 +5,18 @@
   const R = data.about.num_thoughts;
   const last = data.piece.length; // the place of the token to come
 
-  // -- small helpers
+  // -- helpers
   const el = (tag, name, ...children) => {
     const made = document.createElement(tag);
     if (name) made.className = name;
     made.append(...children);
+    return made;
+  };
+  const button = (name, label, act, ...children) => {
+    const made = el("button", name, ...children);
+    made.type = "button";
+    made.setAttribute("aria-label", label);
+    made.addEventListener("click", act);
     return made;
   };
   const put = (id, ...children) => document.getElementById(id).replaceChildren(...children);
@@ -22,7 +29,7 @@
   };
   const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
   const code = (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
-  // control characters, and those that would turn the text around them
+  // names control characters, and those that would turn the text around them
   const tame = (s) => s.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, code);
   const visible = (s) => tame(s).replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[^\S ]/g, code);
   const level = (gain) => {
@@ -30,7 +37,7 @@
     return reached === 0 ? "g0" : (gain > 0 ? "g" : "l") + reached;
   };
 
-  // -- what is known of the token in place i; its thoughts were written after token i - 1
+  // -- figures of the token in place i; its thoughts were written after token i - 1
   const known = (i) => i > 0 && i < last;
   const gain = (i) => data.base_nll[i - 1] - mean(data.mixed_nll[i - 1]);
   const weight = (i) => mean(data.mix_weight[i - 1]);
@@ -63,15 +70,12 @@
   }
   put("hardest", ...data.hardest.map((i) => {
     const both = [data.base_nll[i - 1], mean(data.mixed_nll[i - 1])];
-    const bar = el("i"); // the rest of its track is what is gained or lost
+    const bar = el("i"); // the rest of the track is the gain or loss
     bar.style.width = `${(100 * Math.min(...both)) / Math.max(...both)}%`;
     const figures = both.map(number).join(" → ");
     const track = el("span", `track ${level(gain(i))}`, bar);
-    const button = el("button", "", el("span", "word", word(i)), track, el("small", "", figures));
-    button.type = "button";
-    button.setAttribute("aria-label", `${word(i)}, token ${i + 1}: NLL ${figures}. Go there`);
-    button.addEventListener("click", () => choose(i, true));
-    return button;
+    const label = `${word(i)}, token ${i + 1}: NLL ${figures}. Go there`;
+    return button("", label, () => choose(i, true), el("span", "word", word(i)), track, el("small", "", figures));
   }));
 
   // -- the legend
@@ -94,7 +98,7 @@
   const text = document.getElementById("text");
   for (let i = 0; i <= last; i++) {
     const piece = i < last && !data.ends.includes(i) ? data.piece[i] : "";
-    // blanks before a word stay outside: they have no colour
+    // blanks before a word stay outside, without colour
     const blank = piece.trim() ? piece.length - piece.trimStart().length : 0;
     const token = el("span", "t", tame(piece.slice(blank)));
     if (known(i)) token.classList.add(level(gain(i)));
@@ -111,7 +115,7 @@
     if (data.ends.includes(i)) text.append(el("br"));
   }
 
-  // what stands for a token without visible letters
+  // the mark of a token without visible letters
   function mark(i, piece) {
     if (i === last) return "next";
     if (data.ends.includes(i)) return "¶";
@@ -123,9 +127,9 @@
   }
 
   // -- the panel
+  const pairs = (flat) => flat.flatMap((id, j) => (j % 2 ? [] : [[id, flat[j + 1]]])); // of a prediction
   const bars = (flat, i, nll, before) => {
-    const rows = [];
-    for (let j = 0; j < flat.length; j += 2) rows.push([flat[j], flat[j + 1]]);
+    const rows = pairs(flat);
     const target = known(i) ? data.token[i] : -1;
     if (known(i) && !rows.some(([id]) => id === target)) rows.push([target, Math.exp(-nll)]);
     return el("ul", "bars", ...rows.map(([id, p]) => {
@@ -151,10 +155,7 @@
     const t = i - 1;
     const heading = el("p", "word", el("span", known(i) ? level(gain(i)) : "", word(i)));
     const where = i === last ? "After the text" : `Token ${i + 1} of ${last}`;
-    const close = el("button", "close", "×");
-    close.type = "button";
-    close.setAttribute("aria-label", "Close");
-    close.addEventListener("click", leave);
+    const close = button("close", "Close", leave, "×");
     const found = [el("header", "", el("div", "", el("h2", "", where), heading), close)];
     if (i === 0) {
       found.push(el("p", "context", "Nothing comes before the first token: no thought, no prediction."));
@@ -166,8 +167,7 @@
         found.push(el("dl", "change", pair("NLL", `${number(data.base_nll[t])} → ${number(mixed)}`),
           pair("gain", signed(gain(i))), pair("w", number(weight(i)))));
       }
-      const before = new Map();
-      for (let j = 0; j < data.before[t].length; j += 2) before.set(data.before[t][j], data.before[t][j + 1]);
+      const before = new Map(pairs(data.before[t]));
       if (known(i)) before.set(data.token[i], Math.exp(-data.base_nll[t]));
       const title = el("h3", "", "Without a thought", el("span", "key", "✓ the text’s token"));
       found.push(el("div", "view", title, bars(data.before[t], i, data.base_nll[t])));

@@ -1,4 +1,4 @@
-"""One self-contained page of a `Look`: its style, script and data are inside, and its own policy allows
+"""Write one self-contained page of a `Look`: style, script and data are inside, and its own policy allows
 nothing else."""
 
 from __future__ import annotations
@@ -6,26 +6,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qstar.evaluation.held_out import hardest
 from qstar.look.thoughts import NOTICED, Look
 
 LEVELS = (NOTICED, 0.1, 0.5, 2.0)  # nats of gain or loss at which the colour changes
 HARDEST = 10
-UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
-# the visible stand-ins of byte-level BPE for the 256 bytes (GPT-2's encoder.py)
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTES = {chr(b): b for b in _PRINTABLE} | {
-    chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
-}
+UNFINISHED = "\ufffd"  # decoded from bytes that are no whole character
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
 
 def page(found: Look, tokenizer: Any, about: dict[str, Any]) -> str:
-    """The whole document; about: what else the page tells: model and seed."""
+    """Return the whole document; about: what else the page says, model and seed."""
     template, style, script = (
         Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )
@@ -33,12 +31,11 @@ def page(found: Look, tokenizer: Any, about: dict[str, Any]) -> str:
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    # `<` would end the element, or begin a comment in it
-    told = content(found, tokenizer, about)
-    data = json.dumps(told, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    parts = {"policy": policy, "style": style, "script": script, "data": data.replace("<", "\\u003c")}
-    pieces = template.split("@")
-    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    shown = content(found, tokenizer, about)
+    data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # which would end the element, or begin a comment in it
+    parts = {"policy": policy, "style": style, "script": script, "data": data}
+    return re.sub("@(.*?)@", lambda name: parts[name[1]], template)
 
 
 def _digest(source: str) -> str:
@@ -46,7 +43,7 @@ def _digest(source: str) -> str:
 
 
 def content(found: Look, tokenizer: Any, about: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows; a token is its number in `table`, a prediction [number, probability, ...]."""
+    """Return what the page shows; tokens are numbers in `table`, a prediction [number, probability, ...]."""
     ids = found.token.tolist()
     names = dict.fromkeys([*ids, *found.before[1].flatten().tolist(), *found.after[1].flatten().tolist()])
     place = {token: i for i, token in enumerate(names)}
@@ -95,10 +92,10 @@ def _rounded(x: Any) -> Any:
 
 
 def pieces(ids: list[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the decoded text, which is all of them joined; nothing where a token only
-    begins a character that a later one ends."""
+    """Return what each token adds to the decoded text: nothing for a token that only begins a character which
+    a later one ends. All of them joined are the text."""
     found: list[str] = []
-    first = done = 0  # the tokens between them are whole characters: context of what comes next
+    first = done = 0  # the tokens between them are whole characters, the context of what comes next
     for i in range(len(ids)):
         text = tokenizer.decode(ids[first : i + 1])
         if text.endswith(UNFINISHED) and i + 1 < len(ids):
@@ -110,7 +107,7 @@ def pieces(ids: list[int], tokenizer: Any) -> list[str]:
 
 
 def name(token: int, tokenizer: Any) -> str:
-    """A token alone as text; the bytes of a part of a character as ⟨E2 80⟩."""
+    """Return a token alone as text; a part of a character is named by its bytes, as ⟨E2 80⟩."""
     text = tokenizer.decode([token])
     if UNFINISHED not in text:
         return text

@@ -1,4 +1,4 @@
-"""What a model thinks after every token of one text, and what it predicts before and after thinking.
+"""Let a model think after every token of one text, and see what it predicts before and after thinking.
 
 Legend: T tokens, R thoughts per position, k thought tokens, m talk tokens, K predictions shown, D width.
 """
@@ -22,18 +22,20 @@ from qstar.model import QuietStarForCausalLM
 from qstar.thinker import Thoughts
 
 SHOWN = 4  # likeliest tokens of a prediction
-POSITIONS = 128  # that are read at once: bounds the memory of a long text
-NOTICED = 0.01  # nats: a smaller gain or loss is none to speak of
+POSITIONS = 128  # read at once: bounds the memory of a long text
+NOTICED = 0.01  # nats: a smaller gain or loss is not worth showing
 
 
 @dataclass(frozen=True)
 class Look:
-    """Position t is that after x_t; it predicts x_{t+1}, which the last one lacks. On the CPU, NLLs in nats.
+    """Figures of each position: position t comes after x_t and predicts x_{t+1}, which the last one lacks. On
+    the CPU; NLLs in nats.
 
-    token [T] and thought [T, R, k] int64; base_nll [T - 1]; mixed_nll, alone_nll (w = 1) and shuffled_nll (a
-    thought of another position) [T - 1, R]; mix_weight [T, R] of the next token; reward [T - 1, R], of the
-    next m tokens as far as the text goes; before [T, K] and after [T, R, K]: (probabilities, ids) of the
-    likeliest tokens without and with a thought. silent: w is 0 everywhere; then `after` is at w = 1.
+    token [T] and thought [T, R, k] int64; base_nll [T - 1]; mixed_nll, alone_nll (w = 1) and shuffled_nll
+    (after the thought of another position) [T - 1, R]; mix_weight [T, R] of the next token; reward [T - 1, R]
+    over the next m tokens, or those that the text still has; before [T, K] and after [T, R, K]:
+    (probabilities, ids) of the likeliest tokens without and with a thought. silent: w is 0 everywhere; then
+    `after` is at w = 1.
     """
 
     config: QuietStarConfig
@@ -51,19 +53,16 @@ class Look:
 
     @property
     def gain(self) -> Tensor:
-        """[T - 1]: base NLL minus mixed NLL, the mean over the thoughts of a position."""
+        """Base NLL minus mixed NLL [T - 1], the mean over the thoughts of a position."""
         return self.base_nll - self.mixed_nll.mean(1)
 
     def summary(self) -> dict[str, float]:
-        """Means over the predicted tokens, in nats per token, and the shares of them that gain or lose
+        """Return means over the predicted tokens, in nats per token, and the shares of them that gain or lose
         more than NOTICED."""
+        means = ("base_nll", "mixed_nll", "shuffled_nll", "alone_nll", "gain")
         return {
             "tokens": len(self.token),
-            "base_nll": float(self.base_nll.mean()),
-            "mixed_nll": float(self.mixed_nll.mean()),
-            "shuffled_nll": float(self.shuffled_nll.mean()),
-            "alone_nll": float(self.alone_nll.mean()),
-            "gain": float(self.gain.mean()),
+            **{name: float(getattr(self, name).mean()) for name in means},
             "gaining_share": float((self.gain > NOTICED).float().mean()),
             "losing_share": float((self.gain < -NOTICED).float().mean()),
             "mix_weight": float(self.mix_weight[:-1].mean()),
@@ -76,11 +75,11 @@ def look_config(
     num_thoughts: int | None = None,
     thought_temperature: float | None = None,
 ) -> QuietStarConfig:
-    """The model's knobs, with others where they are given, thinking everywhere. Raises ValueError for several
-    thoughts at temperature 0, which would all be the same; by default there is one then."""
+    """Return the model's config with the given options, thinking everywhere; num_thoughts is 1 by default at
+    temperature 0. Raises ValueError for several thoughts there, which would all be the same."""
     temperature = config.thought_temperature if thought_temperature is None else thought_temperature
     if temperature == 0 and (num_thoughts or 1) > 1:
-        raise ValueError(f"num_thoughts = {num_thoughts}: must be 1 where thought_temperature is 0")
+        raise ValueError(f"num_thoughts = {num_thoughts}: must be 1 if thought_temperature is 0")
     if num_thoughts is None:
         num_thoughts = 1 if temperature == 0 else config.num_thoughts
     return replace(
@@ -99,15 +98,17 @@ def look(
     config: QuietStarConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> Look:
-    """Let the model think R times after each of ids [T], the last one too. config: from `look_config`;
-    generator draws the thoughts, and which of them go where for shuffled_nll. Raises ValueError for fewer
-    than two ids, and more than fit the model's context with a thought after the last one."""
+    """Let the model think R times after each of ids [T], the last one too.
+
+    config: from `look_config`; generator draws the thoughts, and where each goes for shuffled_nll. Raises
+    ValueError for fewer than two ids, or more than fit the model's context with a thought after the last one.
+    """
     config = config or look_config(model.quiet_star)
     if len(ids) < 2:
         raise ValueError(f"text has {len(ids)} tokens: must have at least 2")
     model.check_length(len(ids) + 1, "text, with the token to come,", config)
     with in_eval_mode(model):
-        return _look(model, torch.tensor([ids], device=model.boundary.start_raw.device), config, generator)
+        return _look(model, torch.tensor([ids], device=model.device), config, generator)
 
 
 def _look(
@@ -127,26 +128,20 @@ def _look(
     hidden, text = thinker.read_text(input_ids, rows)
     written_on = thinker.authors_text(input_ids, rows, text)
 
-    with tqdm(total=3 * len(parts), desc="look", leave=False) as bar:
+    def read(thoughts: Tensor, what: str) -> tuple[Tensor, ...]:
+        """Return h_talk [T, R, D] and w [T, R] of the next token, and NLLs [T, R, m], of thoughts
+        [1, T, R, k]."""
+        found = []
+        for at, part in tqdm(parts, f"look: {what}", leave=False):
+            x = thinker.read_thoughts(input_ids, hidden, text, part, thoughts[:, at])
+            mixed = _mixed_nll(x, head, input_ids)
+            found.append((x.talk_hidden[0, :, :, 0], x.mix_weight[0, :, :, 0], mixed))
+        return tuple(torch.cat(x) for x in zip(*found))
 
-        def each() -> Iterator[tuple[slice, ThoughtLayout]]:
-            for part in parts:
-                yield part
-                bar.update()
-
-        def read(thoughts: Tensor) -> tuple[Tensor, ...]:
-            """Of thoughts [1, T, R, k]: h_talk [T, R, D] and w [T, R] of the next token, NLLs [T, R, m]."""
-            found = []
-            for at, part in each():
-                x = thinker.read_thoughts(input_ids, hidden, text, part, thoughts[:, at])
-                mixed = _mixed_nll(x, head, input_ids)
-                found.append((x.talk_hidden[0, :, :, 0], x.mix_weight[0, :, :, 0], mixed))
-            return tuple(torch.cat(x) for x in zip(*found))
-
-        own = torch.cat([thinker.sample_thoughts(written_on, x, generator) for _, x in each()], 1)
-        talk, weight, mixed = read(own)
-        *_, others = read(shuffled(own, valid, generator))
-
+    written = tqdm(parts, "look: write thoughts", leave=False)
+    own = torch.cat([thinker.sample_thoughts(written_on, part, generator) for _, part in written], 1)
+    talk, weight, mixed = read(own, "read thoughts")
+    *_, others = read(shuffled(own, valid, generator), "read shuffled thoughts")
     base, targets = hidden[0], input_ids[0, 1:]
     base_nll = nll(base[:-1], head, targets)
     at_talk = torch.cat([base_nll, base_nll.new_zeros(1)])[layout.talk_index[0]]
@@ -173,7 +168,7 @@ def _look(
 
 
 def _mixed_nll(thought: Thoughts, head: LinearHead, input_ids: Tensor) -> Tensor:
-    """[P, R, m] of the tokens after each position, 0 where there is none."""
+    """Return the NLL [P, R, m] of the tokens after each position, 0 where there is none."""
     layout, shape = thought.layout, thought.mix_weight.shape
     every = layout.target_valid[:, :, None].expand(shape)
     targets = input_ids[0][layout.target_index][:, :, None].expand(shape)[every]
@@ -183,12 +178,13 @@ def _mixed_nll(thought: Thoughts, head: LinearHead, input_ids: Tensor) -> Tensor
 
 
 def _logits_after(base: Tensor, talk: Tensor, weight: Tensor, head: LinearHead) -> Tensor:
-    """[P, R, V] of base [P, D], talk [P, R, D] and weight [P, R]."""
+    """Mix base [P, D] and talk [P, R, D] by weight [P, R] into logits [P, R, V]."""
     flat = base[:, None].expand_as(talk).flatten(0, 1), talk.flatten(0, 1), weight.flatten()
     return mixed_logits(*flat, head).unflatten(0, weight.shape)
 
 
 def _joined(scores: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """(probabilities, ids) of the likeliest tokens, from logits [P, ..., V] of some positions at a time."""
+    """Return the probabilities and ids of the likeliest tokens; scores: logits [P, ..., V] of some positions
+    at a time."""
     values, ids = zip(*(x.softmax(-1).topk(min(SHOWN, x.shape[-1])) for x in scores))
     return torch.cat(values).cpu(), torch.cat(ids).cpu()

@@ -21,6 +21,7 @@ import torch
 import transformers
 import triton
 
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
 
 
@@ -42,7 +43,7 @@ class TableArguments:
     def __post_init__(self) -> None:
         if self.append is not None and Path(self.append).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"append = {self.append}: must end with .jsonl or .csv")
-        tables.check_folder("append", self.append)
+        check_folder("append", self.append)
 
 
 @dataclass
@@ -56,7 +57,7 @@ class OutputArguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tables.check_folder("trace", self.trace)
+        check_folder("trace", self.trace)
 
 
 def check_device(device: str) -> None:

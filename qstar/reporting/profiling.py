@@ -1,4 +1,4 @@
-"""Traces for Perfetto or chrome://tracing, with the named phases of `qstar.profiler_ranges` in them."""
+"""Write traces for Perfetto or chrome://tracing, with the named phases of `qstar.profiler_ranges`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback
 
-from qstar.reporting.tables import check_folder
+from qstar.option_checks import check_folder
 
-TRACED_STEPS = 3  # of a run of the Trainer, after the first, which is slower than the others
+TRACED_STEPS = 3  # after the first step of a Trainer's run, which is slower than the others
 
 
 def _activities() -> list[ProfilerActivity]:
@@ -19,23 +19,23 @@ def _activities() -> list[ProfilerActivity]:
 
 
 @contextmanager
-def traced(path: str | None, memory: bool = True) -> Iterator[None]:
+def traced(path: str | None) -> Iterator[None]:
     """Write what runs inside as a chrome trace: operators, kernels of a GPU, allocations, and every named
-    range. path None: nothing is recorded. Raises ValueError for a path whose folder does not exist."""
+    range; nothing if path is None. Raises ValueError for a path whose folder does not exist."""
     if path is None:
         yield
         return
     check_folder("trace", path)
-    with profile(activities=_activities(), profile_memory=memory) as recorded:
+    with profile(activities=_activities(), profile_memory=True) as recorded:
         yield
     recorded.export_chrome_trace(path)
 
 
 class TraceSteps(TrainerCallback):
-    """Writes the second to fourth step of a Trainer's run as one chrome trace, of the first process alone.
+    """Write the second to fourth step of a Trainer's run as one chrome trace, in the first process only.
 
-    One of the Trainer's callbacks, and a context around its run: `with tracer: trainer.train()`. Raises
-    ValueError for a path whose folder does not exist, and at the begin of a run of a single step.
+    A callback of the Trainer, and a context around its run: `with tracer: trainer.train()`. Raises ValueError
+    for a path whose folder does not exist, and at the start of a run of a single step.
     """
 
     def __init__(self, path: str):
@@ -48,12 +48,12 @@ class TraceSteps(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         if self._profile is not None:
-            self._profile.stop()  # a run that ended before the fourth step: what there is, is written
+            self._profile.stop()  # writes what there is of a run that ended before the fourth step
             self._profile = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.max_steps - state.global_step < 2:
-            raise ValueError(f"trace = {self.path}: needs a run of at least 2 steps, the first is not traced")
+            raise ValueError(f"trace = {self.path}: needs a run of at least 2 steps; the first is not traced")
         if state.is_world_process_zero:
             self._profile = profile(
                 activities=_activities(),

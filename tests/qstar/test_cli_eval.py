@@ -220,7 +220,7 @@ def test_a_file_of_another_run_or_model_is_refused_and_stays(run, folders, tmp_p
     ("argv", "message"),
     [
         (["--task", "gsm"], "task = 'gsm': must be one of gsm8k, gsm8k_cot"),
-        (["--task", "text"], "data = None: the task text has none of its own"),
+        (["--task", "text"], "data = None: must be given, the task text has none of its own"),
         (["--task", "gsm8k", "--data", "no.jsonl"], "data = 'no.jsonl': no such file"),
         (["--task", "gsm8k", "--data", "{csqa}"], "data: record 1 has no texts `question` and `answer`"),
         (["--task", "choice", "--data", "{gsm8k}"], "data: record 1 has no text `question` and two or more"),
@@ -232,12 +232,12 @@ def test_a_file_of_another_run_or_model_is_refused_and_stays(run, folders, tmp_p
             ["--task", "gsm8k", "--data", "{gsm8k}", "--control", "mine"],
             "control = 'mine': must be NAME=FOLDER",
         ),
-        (["--task", "gsm8k", "--data", "{gsm8k}", "--control", "base={base}"], "the name of its own"),
+        (["--task", "gsm8k", "--data", "{gsm8k}", "--control", "base={base}"], "with a name of its own"),
         (["--task", "gsm8k", "--data", "{gsm8k}", "--control", "a={other}"], "has another vocabulary"),
         (["--task", "gsm8k", "--data", "{gsm8k}", "--conditions", "none"], "conditions = 'none': the task"),
         (
             ["--task", "text", "--data", "{text}", "--span_length", "40", "--conditions", "thoughts"],
-            "conditions: must hold without",
+            "conditions: must include without",
         ),
         (["--task", "gsm8k", "--data", "{gsm8k}", "--dtype", "int8"], "dtype = 'int8': must be one of"),
         (["--task", "gsm8k", "--data", "{gsm8k}", "--device", "tpu"], "device = tpu: must be cpu or cuda"),

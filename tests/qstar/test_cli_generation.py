@@ -277,7 +277,7 @@ def test_calibrate_writes_the_threshold_that_adaptive_generation_takes(
 
 def _gaining(*args, **options):
     result = held_out(*args, **options)
-    return type(result)(**(vars(result) | {"mixed_nll": result.base_nll - result.base_entropy}))
+    return result._replace(mixed_nll=result.base_nll - result.base_entropy)
 
 
 def test_the_context_of_the_tiny_models_is_what_these_tests_count_on():

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from shards import write_shard
+from shards import documents, write_shard
 from tiny_models import thinking_model
 from tiny_tokenizer import PROSE, tiny_tokenizer
 
@@ -41,15 +41,6 @@ def options(**given):
 def load(talk_length=2, seed=0, **given):
     train, held_out = load_rows(options(**given), TOKENIZER, talk_length, seed)
     return list(train), held_out
-
-
-def documents(rows):
-    """The documents of packed rows, cut where position_ids begin again."""
-    found = []
-    for row in rows:
-        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
-        found += [tuple(row["input_ids"][a:b]) for a, b in pairwise(starts)]
-    return found
 
 
 SENTENCES = [f"number {i}: we meet today to speak of the work." for i in range(40)]

@@ -16,7 +16,7 @@ from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.data import collate
 from qstar.evaluation.direct import DirectAnswers
 from qstar.evaluation.majority import MajorityVote, first_integer
-from qstar.evaluation.predictions import ALONE, WAYS, Thinking, pause_token, predict, shuffled
+from qstar.evaluation.predictions import ALONE, WAYS, ThoughtSampling, pause_token, predict, shuffled
 from qstar.evaluation.questions import Question, Tokens, choice, fitted, gsm8k
 from qstar.evaluation.run import batches
 from qstar.evaluation.statistics import Sums, estimates
@@ -41,7 +41,7 @@ def tokenizer(folder):
 def scores(model, items, ways=("without", "thoughts"), batch_size=8):
     task, found = DirectAnswers(items), {way: [None] * len(items) for way in ways}
     for batch in batches(task.lengths, batch_size):
-        of = task.score(model, batch, ways, Thinking(), torch.Generator().manual_seed(0))
+        of = task.score(model, batch, ways, ThoughtSampling(), torch.Generator().manual_seed(0))
         for way in ways:
             for i, figures in zip(batch, of[way]):
                 found[way][i] = figures
@@ -113,7 +113,7 @@ def test_shuffled_and_paused_predictions_equal_a_plain_forward_with_those_though
     at = batch["attention_mask"] != 0
     at[:, ::3] = False
     source = torch.Generator().manual_seed(1)
-    found = predict(model, batch, at, WAYS, Thinking(pause_token=pause_token(tokenizer)), source)
+    found = predict(model, batch, at, WAYS, ThoughtSampling(pause_token=pause_token(tokenizer)), source)
     where = at.nonzero().tolist()
     assert len(where) > 10
     for i, (row, t) in enumerate(where):
@@ -202,13 +202,15 @@ def test_sampled_thoughts_follow_the_temperature_and_the_seed(model, tokenizer):
 
     def drawn(temperature, seed):
         source = torch.Generator().manual_seed(seed)
-        return predict(model, batch, at, ("thoughts",), Thinking(temperature), source)["thoughts"].tokens
+        return predict(model, batch, at, ("thoughts",), ThoughtSampling(temperature), source)[
+            "thoughts"
+        ].tokens
 
     assert torch.equal(drawn(0.0, 0), drawn(0.0, 1))
     assert torch.equal(drawn(2.0, 0), drawn(2.0, 0))
     assert not torch.equal(drawn(2.0, 0), drawn(2.0, 1))
     with pytest.raises(ValueError, match=r"thought_temperature = -1: must be at least 0"):
-        Thinking(-1)
+        ThoughtSampling(-1)
 
 
 # -- questions
@@ -288,7 +290,7 @@ def test_nll_of_text_equals_a_plain_forward_a_token_in_every_way(model, tokenize
     figures = {"without": [], "thoughts": []}
     for first in range(0, len(found), 2):
         numbers = list(range(first, min(first + 2, len(found))))
-        of = task.score(model, numbers, ("without", "thoughts"), Thinking(), torch.Generator())
+        of = task.score(model, numbers, ("without", "thoughts"), ThoughtSampling(), torch.Generator())
         for way in figures:
             figures[way] += of[way]
     for way, logits in (("without", slow.logits), ("thoughts", slow.with_thought)):
@@ -338,7 +340,9 @@ def test_text_is_scored_without_ever_holding_all_logits(model, tokenizer, monkey
     monkeypatch.setattr("qstar_kernels.vocabulary.WORKSPACE_BYTES", 16 * V * 4)
     found = spans([PROSE * 3], tokenizer, 60)
     with LargestTensor() as seen:
-        PlainText(found).score(model, [0, 1, 2], (*WAYS, SMOOTHED), Thinking(0.0, 5), torch.Generator())
+        PlainText(found).score(
+            model, [0, 1, 2], (*WAYS, SMOOTHED), ThoughtSampling(0.0, 5), torch.Generator()
+        )
     assert seen.elements < 3 * 59 * V
 
 
@@ -366,7 +370,7 @@ def test_chains_are_cut_asked_and_voted_on(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(MajorityVote, "_continued", continued)
     task = MajorityVote(asked, tokenizer, votes=3, chain_tokens=20)
-    both = task.score(model, [0, 1], ("without", "thoughts"), Thinking(), torch.Generator())
+    both = task.score(model, [0, 1], ("without", "thoughts"), ThoughtSampling(), torch.Generator())
     assert [think for *_, think in seen] == ["never", "never", "always", "always"]
     found = both["without"]
     assert found[0] == {"answers": [12, 12, 7], "chain": pytest.approx(2 / 3), "majority": 1}
@@ -383,13 +387,15 @@ def test_votes_are_sampled_by_the_seed_and_do_not_depend_on_the_other_way(model,
 
     def texts(seed, way):
         source = torch.Generator().manual_seed(seed)
-        return task._continued(model, ["the state"] * 3, 6, None, way, Thinking(), source.initial_seed())
+        return task._continued(
+            model, ["the state"] * 3, 6, None, way, ThoughtSampling(), source.initial_seed()
+        )
 
     assert texts(0, "always") == texts(0, "always") != texts(1, "always")
     assert len(set(texts(0, "never"))) > 1
     source = torch.Generator().manual_seed(0)
-    both = task.score(model, [0, 1], ("without", "thoughts"), Thinking(), source)
-    assert task.score(model, [0, 1], ("thoughts",), Thinking(), source)["thoughts"] == both["thoughts"]
+    both = task.score(model, [0, 1], ("without", "thoughts"), ThoughtSampling(), source)
+    assert task.score(model, [0, 1], ("thoughts",), ThoughtSampling(), source)["thoughts"] == both["thoughts"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from qstar.look.page import LEVELS, page
 from qstar.look.thoughts import look
 
+pytestmark = pytest.mark.slow
 TEXT = (
     "<script>console.error('run')</script><b onclick=1>“we” meet</b> 😀 & \"x\"\n\n\tthe people\n"
     f"{'long' * 60} the roads, the farms and the schools. "
@@ -47,24 +48,26 @@ def desk_browser(tmp_path_factory):
         yield browser
 
 
-@pytest.fixture
-def desk(desk_browser, path):
-    desk_browser.colours(dark=False)
-    desk_browser.open(path)
-    return desk_browser
-
-
 @pytest.fixture(scope="module")
 def phone_browser(tmp_path_factory):
     with Browser(tmp_path_factory.mktemp("browser"), SMALL_PHONE) as browser:
         yield browser
 
 
+def at_the_page(browser, path):
+    browser.colours(dark=False)
+    browser.open(path)
+    return browser
+
+
+@pytest.fixture
+def desk(desk_browser, path):
+    return at_the_page(desk_browser, path)
+
+
 @pytest.fixture
 def phone(phone_browser, path):
-    phone_browser.colours(dark=False)
-    phone_browser.open(path)
-    return phone_browser
+    return at_the_page(phone_browser, path)
 
 
 def panel(browser):

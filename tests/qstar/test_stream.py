@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import psutil
 import pyarrow
 import pytest
 import torch
-from shards import made_up, write_shard, write_shards
+from shards import documents, made_up, write_shard, write_shards
 from tiny_tokenizer import tiny_tokenizer
 from torch.utils.data import DataLoader
 
@@ -51,15 +51,6 @@ def passes(rows, count=1):
             return found
         found[epoch].append(row)
     return None
-
-
-def documents(rows):
-    """The documents of packed rows, cut where position_ids begin again."""
-    found = []
-    for row in rows:
-        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
-        found += [tuple(row["input_ids"][a:b]) for a, b in pairwise(starts)]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +88,16 @@ def test_random_spans_are_one_of_each_document_and_others_in_each_pass(tmp_path)
     texts = made_up(40, longest=200)
     rows = stream(write_shards(tmp_path, texts), spans="random")
     first, second = map(documents, passes(rows, 2))
-    begins = []
+    begins, sources = [], tokens_of(texts)
     for span in first + second:
         source, at = next(
             (i, at)
-            for i, ids in enumerate(tokens_of(texts))
+            for i, ids in enumerate(sources)
             for at in range(len(ids) - len(span) + 1)
             if ids[at : at + len(span)] == span
         )
         begins.append((source, at))
-        assert len(span) == min(SPAN, len(tokens_of(texts)[source]))
+        assert len(span) == min(SPAN, len(sources[source]))
     before, after = begins[: len(first)], begins[len(first) :]
     assert {source for source, _ in before} == {source for source, _ in after}
     assert len({source for source, _ in before}) == len(before) > 30
@@ -144,12 +135,11 @@ def test_every_pass_and_seed_takes_the_shards_one_at_a_time_in_another_order(tmp
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("spans", ["all", "random"])
 def test_a_stream_goes_on_exactly_where_another_was(shards, spans, workers):
+    rows, resumed = stream(shards, spans=spans), stream(shards, spans=spans, workers=workers)
     expected = first_rows(stream(shards, spans=spans), 70)
     for at in range(0, 60, 1 if workers == 0 else 23):
-        rows = stream(shards, spans=spans)
         assert first_rows(rows, at) == expected[:at]
         state = json.loads(json.dumps(rows.state_dict()))
-        resumed = stream(shards, spans=spans, workers=workers)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         assert first_rows(resumed, 70 - at) == expected[at:]
@@ -213,9 +203,9 @@ def test_going_on_reads_nothing_of_what_was_before(tmp_path):
 def test_the_position_in_a_stream_of_another_order_is_refused(shards, name, value):
     rows = stream(shards)
     first_rows(rows, 3)
-    with pytest.raises(ValueError, match=rf"^{name} = {value!r}: the stream to go on with had"):
+    with pytest.raises(ValueError, match=rf"^{name} = {value!r}: the stream to resume had"):
         stream(shards, **{name: value}).load_state_dict(rows.state_dict())
-    with pytest.raises(ValueError, match=r"^shards = 3: the stream to go on with had 4"):
+    with pytest.raises(ValueError, match=r"^shards = 3: the stream to resume had 4"):
         stream(shards[:3]).load_state_dict(rows.state_dict())
 
 
@@ -286,6 +276,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_process_that_is_killed(tmp_path):
     file = write_shard(tmp_path / "a.jsonl", ({"text": text} for text in made_up(8_000)))
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -338,6 +329,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_of_one_in_its_order_whether_one_reads_or_both(shards):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -58,6 +58,7 @@ def train(capsys, base, shards, **given):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "given"),
     [

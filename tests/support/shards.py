@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,12 @@ def write_shards(folder: Path, texts: list[str], count: int = 4, ending: str = "
         write_shard(folder / f"part-{i}{ending}", [{"text": t} for t in texts[i * each : (i + 1) * each]])
         for i in range(count)
     ]
+
+
+def documents(rows: Iterable[dict[str, list[int]]]) -> list[tuple[int, ...]]:
+    """The documents of packed rows, cut where position_ids begin again."""
+    found = []
+    for row in rows:
+        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
+        found += [tuple(row["input_ids"][a:b]) for a, b in pairwise(starts)]
+    return found

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from qstar.reporting.tables import check_folder
+from qstar.option_checks import check_folder
 
 SNAPSHOT_EVENTS = 1_000_000  # the newest allocations that a snapshot's history holds
 SAMPLE_SECONDS = 0.002

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from qstar import QuietStarConfig
 from qstar.cli.options import parse_options
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar_bench.memory.memory_fit import OPTIONS, USABLE, fit
@@ -38,7 +39,7 @@ class PlanArguments:
             raise ValueError(f"gpus = {self.gpus}: must be at least 1")
         if self.card_gb is not None and self.card_gb <= 0:
             raise ValueError(f"card_gb = {self.card_gb}: must be positive")
-        tables.check_folder("plot", self.plot)
+        check_folder("plot", self.plot)
 
 
 def rows_of(found: Plan) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qstar.cli.options import Parser
-from qstar.reporting.tables import check_folder
+from qstar.option_checks import check_folder
 from qstar_bench.report import plots
 from qstar_bench.report.report_page import is_run, page
 

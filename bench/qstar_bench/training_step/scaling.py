@@ -19,6 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.cli.options import parse_options
+from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, finish, machine
 from qstar.reporting.profiling import traced
@@ -101,7 +102,7 @@ class ScalingArguments:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset}: must be one of {', '.join(PRESETS)}")
-        tables.check_folder("plot", self.plot)
+        check_folder("plot", self.plot)
 
 
 def chosen(args: ScalingArguments) -> tuple[Preset, int, int]:
