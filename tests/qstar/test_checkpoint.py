@@ -210,6 +210,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killing_a_process_that_saves_leaves_one_of_its_two_versions_loadable(tmp_path):
     versions = [thinking_model(seed=n).state_dict() for n in (0, 1)]
     paths = [str(TESTS / "support"), *(str(TESTS.parent / p) for p in ("", "kernels", "bench"))]
@@ -266,6 +267,7 @@ def crash_points(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_crash_before_any_single_step_of_saving_leaves_one_of_the_two_versions(tmp_path, monkeypatch):
     old, new = thinking_model(seed=0), thinking_model(seed=1)
     states, found = [m.state_dict() for m in (old, new)], []

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,7 @@ def imports_of(path: Path, ours: Collection[str]) -> set[str]:
     return found & set(ours)
 
 
+@cache
 def import_graph() -> dict[str, set[str]]:
     """Map every module of ours to those that it imports."""
     files = modules()
