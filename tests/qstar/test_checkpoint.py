@@ -223,7 +223,9 @@ def test_killing_a_process_that_saves_leaves_one_of_its_two_versions_loadable(tm
         text=True,
         bufsize=1,
     ) as process:
-        for kill in range(12):
+        for kill in range(60):
+            if kill >= 12 and interrupted and found == {0, 1}:  # on a busy machine later than after 12
+                break
             process.stdin.write(f"{kill}\n")
             assert process.stdout.readline() == "killed\n"
             interrupted += any((tmp_path / name).exists() for name in (".staging", ".commit"))
@@ -267,7 +269,6 @@ def crash_points(monkeypatch):
     return calls
 
 
-@pytest.mark.slow
 def test_a_crash_before_any_single_step_of_saving_leaves_one_of_the_two_versions(tmp_path, monkeypatch):
     old, new = thinking_model(seed=0), thinking_model(seed=1)
     states, found = [m.state_dict() for m in (old, new)], []
