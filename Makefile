@@ -1,20 +1,30 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+# Two commands do everything: `make demo` and `make test`. Each installs into .venv what it needs, once.
+SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.demo-ready
+TEST_READY := $(VENV)/.test-ready
+# no bytecode of modules that are never imported; no second setuptools beside torch's to build qstar with
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+QSTAR := --no-build-isolation --editable
+export TIMEFORMAT := set-up: %R s
 
-.PHONY: setup demo proof proof-real test lint compat bench models look gpu clean
+.PHONY: setup demo proof proof-real test test-all lint compat bench models look gpu clean
 
+# what `make demo` needs; torch alone and first: its pin picks the build, every later package finds it there
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch alone and first: its pin picks the build, every later package finds it there
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	time ( set -e; test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(PIP) torch 'setuptools>=77'; $(PIP) $(QSTAR) . )
 	touch $@
 
-setup: $(READY)
+# the developers' tools and every extra on top
+$(TEST_READY): $(READY)
+	time $(PIP) $(QSTAR) '.[dev]'
+	touch $@
+
+setup: $(TEST_READY)
 
 demo: $(READY)
 	$(BIN)/qstar demo
@@ -32,10 +42,17 @@ ifdef TEXT
 	$(BIN)/qstar proof-text --model '$(MODEL)' --data '$(TEXT)'
 endif
 
-test: $(READY) lint
-	$(BIN)/python -m pytest
+# on two workers, each of which takes tests from the other once its own half is done
+PYTEST := -m pytest -n 2 --dist worksteal --durations=15
 
-lint: $(READY)
+test: $(TEST_READY) lint
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+# and then the tests marked slow (pyproject.toml says which those are)
+test-all: test
+	$(BIN)/python $(PYTEST) -m slow
+
+lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -47,12 +64,12 @@ compat:
 	$(MAKE) setup $(COMPAT)
 	.venv-compat/bin/python -c 'import sys, torch, triton, transformers as t; \
 		print("Python", sys.version, "torch", torch.__version__, "triton", triton.__version__, "transformers", t.__version__)'
-	.venv-compat/bin/python -m pytest
+	.venv-compat/bin/python $(PYTEST)
 
 # the developers' suite, kept in .benchmarks and compared with its last run; or with REF=a git commit
 SUITE := --benchmark-storage=.benchmarks --benchmark-autosave --benchmark-compare --benchmark-sort=name \
 	--benchmark-group-by=name --benchmark-columns=median,iqr,rounds
-bench: $(READY)
+bench: $(TEST_READY)
 ifdef REF
 	$(BIN)/python bench/suite/against.py $(REF)
 else
@@ -64,7 +81,7 @@ models: $(READY)
 	PYTHONPATH=tests/support $(BIN)/python -m all_models docs/models.md
 
 # docs/look.png: `qstar look` at walks that the demo's model has never seen, in headless Chromium (after make demo)
-look: $(READY)
+look: $(TEST_READY)
 	PYTHONPATH=tests/support $(BIN)/python -m look_picture outputs/demo docs/look.png
 
 # on the machine's own python where its torch sees a GPU: nothing is installed then

@@ -14,7 +14,7 @@ EXTRAS = {
     "bench": ["peft>=0.17", "pytest-benchmark>=5"],
 }
 EVERY = sorted({package for extra in EXTRAS.values() for package in extra})
-EXTRAS["dev"] = [*EVERY, "pytest>=8", "ruff", "mypy", "pre-commit"]
+EXTRAS["dev"] = [*EVERY, "pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "pre-commit"]
 
 setup(
     name="qstar",

@@ -210,6 +210,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killing_a_process_that_saves_leaves_one_of_its_two_versions_loadable(tmp_path):
     versions = [thinking_model(seed=n).state_dict() for n in (0, 1)]
     paths = [str(TESTS / "support"), *(str(TESTS.parent / p) for p in ("", "kernels", "bench"))]
@@ -222,7 +223,9 @@ def test_killing_a_process_that_saves_leaves_one_of_its_two_versions_loadable(tm
         text=True,
         bufsize=1,
     ) as process:
-        for kill in range(12):
+        for kill in range(60):
+            if kill >= 12 and interrupted and found == {0, 1}:  # on a busy machine later than after 12
+                break
             process.stdin.write(f"{kill}\n")
             assert process.stdout.readline() == "killed\n"
             interrupted += any((tmp_path / name).exists() for name in (".staging", ".commit"))

@@ -150,6 +150,7 @@ def test_sampled_drafts_have_the_distribution_of_thinking_one_token_at_a_time(se
     assert _p_value(expected, _pairs(model, seed=2, think="never")) < 1e-9  # thoughts do change it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["keep every draft", "no residual"])
 def test_a_wrong_acceptance_rule_is_caught(sequential, rule, monkeypatch):
     def wrong(wanted, drafted_from, drafts, generator=None):
@@ -313,7 +314,7 @@ def test_several_sequences_of_a_prompt_and_what_is_returned():
             "entropy_threshold = nan: must be a number",
         ),
     ],
-    ids=lambda x: str(x)[:40],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else x[:40],
 )
 def test_what_cannot_be_done_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
@@ -381,6 +382,7 @@ def _embedded(**changes) -> QuietStarForCausalLM:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_fifty_prompts_alone_and_in_batches_of_four_are_continued_as_one_token_at_a_time():
     model, generator = _embedded(), torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 30, (50,), generator=generator).tolist()
@@ -401,6 +403,7 @@ def test_fifty_prompts_alone_and_in_batches_of_four_are_continued_as_one_token_a
             assert torch.equal(row, expected.new_tokens[0])
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_text_alone_and_not_with_the_thoughts(monkeypatch):
     def held() -> int:
         gc.collect()

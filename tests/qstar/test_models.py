@@ -62,24 +62,34 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_causal_lm_thinks_as_if_one_position_at_a_time_or_is_refused_in_one_line(kind):
+# a dozen families, and one of each kind of refusal; every other one is a slow test
+QUICK = {
+    *("deepseek_v3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral"),
+    *("opt", "phi3", "qwen3"),
+    *("doge", "gemma3", "musicgen", "rwkv"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
+def test_a_causal_lm_thinks_as_if_one_position_at_a_time_or_is_refused_as_the_document_says(kind):
     found = outcome(kind)
     if isinstance(found, Errors):
         assert found.largest <= TOLERANCE
     else:
         assert "\n" not in found
+    if transformers.__version__ == WRITTEN_FOR:
+        assert re.fullmatch(r"\de-\d\d", ROWS[kind]) if isinstance(found, Errors) else ROWS[kind] == found
 
 
 @pytest.mark.skipif(
     transformers.__version__ != WRITTEN_FOR,
     reason=f"docs/models.md is of transformers {WRITTEN_FOR}, here is {transformers.__version__}",
 )
-def test_the_document_tells_what_each_model_type_does():
-    shown = {kind: "works" if re.fullmatch(r"\de-\d\d", cell) else cell for kind, cell in ROWS.items()}
-    found = {kind: outcome(kind) for kind in KINDS}
-    assert shown == {kind: "works" if isinstance(x, Errors) else x for kind, x in found.items()}
-    assert all(cell.startswith(("works", "model_type = ", "transformers ")) for cell in shown.values())
+def test_the_document_has_a_row_for_each_model_type_and_no_other():
+    assert ROWS.keys() == set(KINDS) >= QUICK
+    assert all(re.match(r"\de-\d\d$|model_type = |transformers ", cell) for cell in ROWS.values())
 
 
 @pytest.mark.parametrize("feature", FEATURES)
