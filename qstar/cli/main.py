@@ -1,4 +1,4 @@
-"""`qstar COMMAND`: finds the command; each lives in its own module and is imported only when asked for."""
+"""Find the command of `qstar COMMAND`; each lives in a module of its own, imported only when asked for."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ COMMANDS = {
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
     "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
-    "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
-    "memory": (
-        "qstar_bench.memory.memory_cli",
-        "what a training step needs: a plan without a GPU, or measured",
-    ),
+    "bench": ("qstar_bench.commands:BENCH", "measure, side by side with named baselines"),
+    "memory": ("qstar_bench.commands:MEMORY", "what a training step needs: a plan without a GPU, or measured"),
 }
+Commands = dict[str, tuple[str, str]]  # by name: (module, or module:table of a group, and one line)
 
 
 def keep_freed_memory() -> None:
@@ -34,25 +32,38 @@ def keep_freed_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: qstar COMMAND [options]; options of a command: qstar COMMAND --help\n")
-        for name, (_, what) in COMMANDS.items():
-            print(f"  {name:10} {what}")
-        return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        print(f"qstar: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 1
+    """Run `qstar COMMAND ...`; return the exit status."""
+    rest = sys.argv[1:] if argv is None else list(argv)
+    if rest[:1] == ["help"]:
+        rest = [*rest[1:], "--help"]
+    prog, module, commands = "qstar", "", COMMANDS
+    while commands:
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_listed(prog, commands))
+            return 0
+        name, *rest = rest
+        if name not in commands:
+            print(f"{prog}: no command {name!r}; there are {', '.join(commands)}", file=sys.stderr)
+            return 1
+        prog, (module, _, table) = f"{prog} {name}", commands[name][0].partition(":")
+        commands = getattr(importlib.import_module(module), table) if table else {}
     keep_freed_memory()
+    prog = " ".join(prog.split()[:2])
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+        return importlib.import_module(module).main(rest) or 0
     except KeyboardInterrupt:
-        print(f"\nqstar {name}: interrupted", file=sys.stderr)
+        print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:  # what a user can mend, in one line
-        print(f"qstar {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def _listed(prog: str, commands: Commands) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in commands.items()]
+    head = f"usage: {prog} COMMAND [options]; options of a command: {prog} COMMAND --help"
+    return "\n".join([head, "", *lines])
 
 
 if __name__ == "__main__":

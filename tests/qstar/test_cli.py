@@ -15,6 +15,8 @@ from tiny_tokenizer import PROSE, saved_base_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qstar import QuietStarForCausalLM
+from qstar_bench.commands import BENCH, MEMORY
+
 from qstar.cli.main import COMMANDS, main
 
 SIZES = {"span_length": 24, "held_out_rows": 2, "thought_length": 2, "talk_length": 2, "num_thoughts": 2}
@@ -53,17 +55,27 @@ def trained(base, text, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]], ids=str)
-def test_help_names_every_command(capsys, argv):
-    code, out, _ = call(capsys, *argv)
-    assert code == 0
-    assert all(f"\n  {name} " in out for name in COMMANDS)
+LISTS = {"": COMMANDS, "bench": BENCH, "memory": MEMORY}
+ASKED = ["{}", "{} --help", "{} -h", "help {}"]
 
 
-@pytest.mark.parametrize("command", [["train"], ["generate"], ["bench", "step"]], ids=" ".join)
-def test_help_of_a_command_names_its_options(capsys, command):
+@pytest.mark.parametrize("asked", [form.format(group).strip() for group in LISTS for form in ASKED])
+def test_help_lists_the_commands_with_one_line_each(capsys, asked):
+    code, out, err = call(capsys, *asked.split())
+    group = next(name for name in ("bench", "memory", "") if name in asked)
+    assert (code, err) == (0, "")
+    head, empty, *lines = out.splitlines()
+    assert head.startswith(f"usage: {f'qstar {group}'.strip()} COMMAND") and empty == ""
+    assert [line.split()[0] for line in lines] == list(LISTS[group])
+    assert all(what in line for line, (_, what) in zip(lines, LISTS[group].values()))
+
+
+@pytest.mark.parametrize(
+    "asked", ["train --help", "generate --help", "bench step --help", "help train", "help bench step"]
+)
+def test_help_of_a_command_names_its_options(capsys, asked):
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
+        main(asked.split())
     assert stop.value.code == 0
     assert "--thought_length" in capsys.readouterr().out
 
@@ -359,11 +371,14 @@ def test_a_mistake_in_generates_options_is_told_in_one_line(capsys, trained, arg
     assert err.splitlines()[-1].startswith("qstar generate: ") and message in err
 
 
-@pytest.mark.parametrize("argv", [["trian"], ["bench"], ["bench", "stop"]], ids=" ".join)
-def test_an_unknown_command_is_told_which_there_are(capsys, argv):
-    code, out, err = call(capsys, *argv)
+@pytest.mark.parametrize(
+    ("argv", "there_are"),
+    [("trian", "train"), ("bench stop", "step"), ("help trian", "train"), ("memory plna", "plan")],
+)
+def test_an_unknown_command_is_told_which_there_are(capsys, argv, there_are):
+    code, out, err = call(capsys, *argv.split())
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert ("train" if argv == ["trian"] else "step") in err
+    assert there_are in err
 
 
 def test_the_process_itself_exits_with_1_and_one_line(tmp_path):
