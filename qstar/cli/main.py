@@ -15,9 +15,9 @@ COMMANDS = {
     "score": ("qstar.cli.score", "every token of a text: NLL with and without a thought, and the thought"),
     "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
-    "bench": ("qstar_bench.cli", "measure, side by side with named baselines"),
+    "bench": ("qstar_bench.commands", "measure, side by side with named baselines"),
     "memory": (
-        "qstar_bench.memory.memory_cli",
+        "qstar_bench.commands",
         "what a training step needs: a plan without a GPU, or measured",
     ),
 }
@@ -46,7 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     keep_freed_memory()
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
+        module = importlib.import_module(COMMANDS[name][0])
+        if name in ("bench", "memory"):
+            group = getattr(module, name.upper())
+            if not rest or rest[0] not in group:
+                raise ValueError(f"{' '.join(rest[:1]) or '(nothing)'}: must be one of {', '.join(group)}")
+            module = importlib.import_module(group[rest.pop(0)][0])
+        return module.main(rest) or 0
     except KeyboardInterrupt:
         print(f"\nqstar {name}: interrupted", file=sys.stderr)
         return 130

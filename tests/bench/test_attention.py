@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from qstar_bench.attention import attention_plan, attention_speed
+from qstar_bench.attention import attention_command, attention_request
 from qstar_bench.attention import candidates as candidates_module
 from qstar_bench.attention.attention_check import Judge
-from qstar_bench.attention.attention_plan import PRESETS, AttentionArguments, plan
 from qstar_bench.attention.attention_problem import PASSES, Problem, Shape
+from qstar_bench.attention.attention_request import PRESETS, AttentionArguments, plan
 from qstar_bench.attention.candidates import candidates, way
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 
 from qstar.cli.main import main
 from qstar.reporting.benchmark_record import WrongResultError
@@ -91,8 +91,8 @@ def test_several_thoughts_at_a_token_one_pass_and_a_baseline_that_is_not_asked_f
 
 
 def test_a_slow_baseline_is_called_once_a_pass_and_ours_in_every_round(capsys, monkeypatch):
-    monkeypatch.setattr(attention_speed, "SLOW_SECONDS", 1e-9)
-    monkeypatch.setattr(attention_speed.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
+    monkeypatch.setattr(attention_command, "SLOW_SECONDS", 1e-9)
+    monkeypatch.setattr(attention_command.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
     options = ["--rounds", "3", "--baseline", "dense", "--passes", "forward", "--json"]
     _, out, _ = bench(capsys, *SMALL, *options)
     found = {row["candidate"]: (row["20 %"], row["memory MiB"]) for row in json.loads(out)["rows"]}
@@ -214,7 +214,7 @@ def test_costs_count_visible_cells_alone():
     ids=lambda x: x if x.startswith("--") else "",
 )
 def test_what_cannot_be_measured_is_told_in_one_line_before_anything_is(capsys, monkeypatch, argv, message):
-    monkeypatch.setattr(attention_speed, "measure", None)
+    monkeypatch.setattr(attention_command, "measure", None)
     if "triton" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, out, error = bench(capsys, *argv.split())
@@ -230,7 +230,7 @@ def test_a_gpu_that_is_not_there_is_told():
 
 
 def test_a_cpu_path_without_its_forward_in_c_is_called_slow(monkeypatch):
-    native = attention_plan.cpu_native
+    native = attention_request.cpu_native
     monkeypatch.setattr(native, "can", lambda q, k: k.shape[2] <= 1024)
     monkeypatch.setattr(native, "built", lambda: "C, built by cc")
     assert not any("SLOW" in x for x in plan(AttentionArguments()).remarks)

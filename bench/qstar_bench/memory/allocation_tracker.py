@@ -44,7 +44,7 @@ _BY_MASK = {
 
 
 @dataclass(frozen=True)
-class Operator:
+class KnownOperator:
     """What the shapes of an operator's results do not say.
 
     workspace: of those of its arguments that this function names, by their names -> bytes held besides the
@@ -61,7 +61,7 @@ class Operator:
 class Storage:
     """One allocation. born and died count events (died None: there at the end); range: the number and name of
     the innermost named range it was made in, number 0 between two; category: None where only its lifetime
-    tells (see memory_planner.py)."""
+    tells (see planned_step.py)."""
 
     nbytes: int
     born: int
@@ -89,7 +89,9 @@ class Tracker(TorchDispatchMode):
     logits, and [V, D] that are no parameters sums of its gradient.
     """
 
-    def __init__(self, one_in: int, operators: dict[Any, Operator] | None = None, round_to: int = 1) -> None:
+    def __init__(
+        self, one_in: int, operators: dict[Any, KnownOperator] | None = None, round_to: int = 1
+    ) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.log = Log()

@@ -67,7 +67,7 @@ def _held(log: profile, device: str) -> list[tuple[int, int]]:
 
 
 @dataclass
-class Measured:
+class MeasuredMemory:
     """What `memory_snapshot` found, filled in when it ends.
 
     before: bytes of tensors that were there already; phases: the most bytes of tensors in each named range,
@@ -97,7 +97,7 @@ def check_snapshot(path: str | os.PathLike | None, device: str) -> None:
 @contextmanager
 def memory_snapshot(
     path: str | os.PathLike | None = None, device: str | None = None, before: int = 0
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredMemory]:
     """Measure what runs inside; on a GPU also write a snapshot for PyTorch's memory viewer
     (https://pytorch.org/memory_viz), at the end, and when something inside runs out of memory.
 
@@ -108,7 +108,7 @@ def memory_snapshot(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_snapshot(path, device)
-    found = Measured(before=before)
+    found = MeasuredMemory(before=before)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.supported import context_length
-from qstar_bench.memory.memory_tracker import BACKWARD, OPTIMISER
-from qstar_bench.shapes import EMBEDDED, SHAPES
+from qstar_bench.memory.allocation_tracker import BACKWARD, OPTIMISER
+from qstar_bench.model_shapes import EMBEDDED, SHAPES
 
 ON_CPU = (EMBEDDED, "smollm2-135m")  # small enough to be trained there
 STRATEGIES = ("full", "lora")
@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "bf16-mixed", "bf16")
 
 
 @dataclass
-class StepArguments:
+class MemoryStepArguments:
     """One training step: forward, backward and AdamW, as in every step after the first, with the gradients of
     an earlier micro-batch present."""
 
@@ -78,7 +78,7 @@ class StepArguments:
         return 512 if self.device == "cuda" else 1
 
 
-def check_sizes(args: StepArguments, thinking: QuietStarConfig, config: PreTrainedConfig) -> None:
+def check_sizes(args: MemoryStepArguments, thinking: QuietStarConfig, config: PreTrainedConfig) -> None:
     """Raises ValueError for a step that forward itself would refuse."""
     if thinking.talk_length >= args.tokens:
         raise ValueError(f"tokens = {args.tokens}: must be more than talk_length = {thinking.talk_length}")
@@ -91,7 +91,10 @@ def check_sizes(args: StepArguments, thinking: QuietStarConfig, config: PreTrain
 
 
 def build(
-    args: StepArguments, thinking: QuietStarConfig, config: PreTrainedConfig, weights: Path | None = None
+    args: MemoryStepArguments,
+    thinking: QuietStarConfig,
+    config: PreTrainedConfig,
+    weights: Path | None = None,
 ) -> QuietStarForCausalLM:
     """The model of the step, on the default device; its weights random, or those of a folder."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -139,7 +142,7 @@ def ready(model: QuietStarForCausalLM) -> AdamW:
     return optimiser
 
 
-def text(args: StepArguments, config: PreTrainedConfig, device: str) -> Tensor:
+def text(args: MemoryStepArguments, config: PreTrainedConfig, device: str) -> Tensor:
     """Random ids [B, T]."""
     return torch.randint(0, config.vocab_size - 1, (args.batch, args.tokens), device=device)
 
