@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from qstar_bench import gpu_command
 from qstar_bench.attention.attention_request import AttentionArguments
 from qstar_bench.generation_command import GenerationBenchArguments
 from qstar_bench.gpu_command import Stage, counts, stages

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from qstar_kernels.triton_tiles import CHIPS
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -32,6 +30,7 @@ from qstar_bench.memory.allocation_tracker import (
 )
 from qstar_bench.memory.step_setup import MemoryStepArguments
 from qstar_bench.model_shapes import base_config
+from qstar_bench.torch_internals import fake_ranks
 
 CATEGORIES = (
     "parameters",
@@ -134,21 +133,6 @@ def _planned(attention: str) -> str:
     if attention not in ("auto", "cpu", "triton", "reference"):
         raise ValueError(f"attention = {attention!r}: must be auto, cpu, triton or reference for a plan")
     return "reference" if attention == "reference" else "auto"
-
-
-@contextmanager
-def fake_ranks(gpus: int) -> Iterator[None]:
-    """A process group of so many ranks, none of which exists but this one; one rank: none."""
-    if gpus == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None:

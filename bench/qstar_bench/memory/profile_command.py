@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from qstar import QuietStarConfig
 from qstar.cli.options import parse_options
@@ -18,6 +17,7 @@ from qstar_bench.memory.memory_peaks import MeasuredMemory, check_snapshot, memo
 from qstar_bench.memory.planned_step import MemoryPlan, describe, plan
 from qstar_bench.memory.step_setup import MemoryStepArguments
 from qstar_bench.model_shapes import base_config, weights_of
+from qstar_bench.torch_internals import storage_key, tree_leaves
 
 MIB = 2**20
 
@@ -53,7 +53,7 @@ def measure(
         [list(model.parameters()), list(model.buffers()), list(optimiser.state.values()), ids]
     )
     there += [p.grad for p in model.parameters() if p.grad is not None]
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in there}
+    storages = {storage_key(x): x.untyped_storage().nbytes() for x in there}
     with memory_snapshot(snapshot, args.device, before=sum(storages.values())) as found:
         step_setup.step(model, optimiser, ids, args.precision)
     if trace is not None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.supported import context_length
 from qstar_bench.memory.allocation_tracker import BACKWARD, OPTIMISER
 from qstar_bench.model_shapes import EMBEDDED, SHAPES
+from qstar_bench.torch_internals import without_modes
 
 ON_CPU = (EMBEDDED, "smollm2-135m")  # small enough to be trained there
 STRATEGIES = ("full", "lora")
@@ -122,7 +122,7 @@ def _adapt(base: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     base_weights = set(base.parameters())
-    with _disable_current_modes():  # peft moves what it made by Module.to, which fake tensors refuse
+    with without_modes():  # peft moves what it made by Module.to, which fake tensors refuse
         inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), base)
     device = base.get_input_embeddings().weight.device
     for module in list(base.modules()):
