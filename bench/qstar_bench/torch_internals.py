@@ -46,7 +46,6 @@ BY_MASK = {
     aten.index_put.default,
     aten.index_put_.default,
     aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
 }
 # namespaces of the operators around which FSDP2 empties and refills the storages of gathered weights
 COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")

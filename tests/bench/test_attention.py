@@ -33,23 +33,36 @@ def bench(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, (err.splitlines() or [""])[-1]
 
 
-def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys, tmp_path):
+@pytest.mark.parametrize("flex", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "flex"])
+def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys, tmp_path, flex):
+    """flex takes long to compile."""
     plot, trace, runs = (str(tmp_path / name) for name in ("plot.png", "trace.json", "runs.jsonl"))
     files = ["--plot", plot, "--trace", trace, "--append", runs]
-    code, out, _ = bench(capsys, *SMALL, *files, "--impl", "auto", "reference")
+    code, out, _ = bench(
+        capsys,
+        *SMALL,
+        *files,
+        "--impl",
+        "auto",
+        "reference",
+        *([] if flex else ["--baseline", "causal", "dense"]),
+    )
     assert code == 0
     document = json.loads(out.splitlines()[-1])
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == out.splitlines()[-1:]
     (case,) = document["cases"]
     assert list(case) == CASE_KEYS
     assert case["T"] == 17 and case["fwd_bwd_speedup_vs_flash"] is None
-    assert all(case[name] > 0 for name in CASE_KEYS[7:] if name != "fwd_bwd_speedup_vs_flash")
+    assert (case["fwd_speedup_vs_flex"] is not None) == flex
+    assert all(
+        case[name] > 0 for name in CASE_KEYS[7:] if "flash" not in name and (flex or "flex" not in name)
+    )
     rows = {(row["candidate"], row["pass"]): row for row in document["rows"]}
     assert rows.keys() == {
         ("matmul", "product"),
         *((name, what) for name in ("ours", "impl=reference", "causal") for what in PASSES),
         *(("dense", what) for what in PASSES[:3]),
-        ("flex", "forward"),  # on a CPU it has no backward
+        *([("flex", "forward")] if flex else []),  # on a CPU it has no backward
     }
     assert all(row["memory MiB"] > 0 for key, row in rows.items() if key[0] != "matmul")
     assert all(row["of matmul %"] > 0 and row["20 %"] <= row["80 %"] for row in rows.values())
@@ -58,7 +71,7 @@ def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys,
     card, measured = out.index("needed %"), out.index("median ms")
     for said in (
         "SLOW: impl=reference is reference",
-        "left out: flash",
+        *(["left out: flash"] if flex else []),
         "matmul GFLOP/s float32: ",
         "ours: cpu (forward",
     ):
@@ -68,6 +81,7 @@ def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys,
     assert {f"{' '.join(key)} T 17 L 3" for key in rows} <= names
 
 
+@pytest.mark.slow
 def test_in_bfloat16_on_a_cpu_every_baseline_is_measured(capsys):
     code, out, _ = bench(capsys, *SMALL, "--dtype", "bfloat16", "--json")
     assert code == 0

@@ -10,7 +10,11 @@ from qstar_bench.data_command import POINTS, DataBenchArguments, main
 from qstar.reporting.benchmark_record import WrongResultError
 
 
-@pytest.mark.parametrize("options", [["--kind", "json.gz"], ["--spans", "random"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["--kind", "json.gz"], pytest.param(["--spans", "random"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_the_command_ends_with_its_run(capsys, tmp_path, options):
     plot, runs = tmp_path / "plot.png", tmp_path / "runs.jsonl"
     more = ["--plot", str(plot), "--append", str(runs), "--folder", str(tmp_path)]

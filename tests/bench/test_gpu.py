@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_and_writes_one_file_and_its_tables(tmp_path, capsys):
     output = tmp_path / "results" / "gpu.json"
     assert main(["bench", "gpu", "--rehearse", "--output", str(output)]) == 0
@@ -43,14 +45,14 @@ def test_a_rehearsal_runs_every_stage_and_writes_one_file_and_its_tables(tmp_pat
 
 def test_a_stage_that_fails_or_runs_out_of_time_is_reported_and_the_others_run(tmp_path, monkeypatch, capsys):
     broken = [
-        Stage("broken", ["qstar.cli.main", "bench", "step", "--preset", "x"], 60),
+        Stage("broken", ["json.tool", "no-such-file"], 60),
         Stage("slow", ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(30)"], 1),
         Stage("step", ["json.tool", "--help"], 60),
     ]
     monkeypatch.setattr(gpu_command, "stages", lambda rehearse, folder: broken)
     assert main(["bench", "gpu", "--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert "preset = x: must be one of" in found["stages"][0]["failed"]
+    assert "no-such-file" in found["stages"][0]["failed"]
     assert found["stages"][1]["failed"] == "not done in 1 s"
     assert found["stages"][2]["failed"] is None
     assert not found["passed"]
@@ -69,6 +71,14 @@ def test_a_stage_without_time_ends_with_all_that_it_started(tmp_path):
     alive.unlink()
     time.sleep(0.5)
     assert not alive.exists()
+
+
+def test_every_gpu_test_is_in_the_folder_that_the_command_runs():
+    marked = [
+        p for p in (gpu_command.ROOT / "tests").rglob("*.py") if "pytest.mark.gpu" in p.read_text("utf-8")
+    ]
+    folder = gpu_command.ROOT / gpu_command.GPU_TESTS
+    assert marked and [path for path in marked if not path.is_relative_to(folder)] == [Path(__file__)]
 
 
 def test_a_last_line_that_is_cut_is_no_document():

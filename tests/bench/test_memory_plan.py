@@ -26,13 +26,15 @@ OPTIONS = ["--tokens", "24", "--thought_length", "3", "--talk_length", "2"]
     ("args", "thinking"),
     [
         (MemoryStepArguments(tokens=64), replace(THINKING, thought_length=5)),
-        (
+        pytest.param(
             replace(SMALL, batch=2, tokens=12),
             replace(THINKING, num_thoughts=3, block_chunk=12 * THINKING.slots),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             replace(SMALL, gradient_checkpointing=True, precision="bf16-mixed"),
             replace(THINKING, num_thoughts=1, thinking_positions="random", thinking_fraction=0.5),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["plain", "batch and chunks", "checkpointing and autocast"],
@@ -124,7 +126,8 @@ def test_the_command_prints_a_table_and_draws_a_plot(tmp_path, capsys):
 
 
 def test_what_fits_on_a_card_is_the_largest_that_does():
-    args, thinking = MemoryStepArguments(tokens=32), QuietStarConfig(0, 2, 2)
+    args = MemoryStepArguments(model="tiny", device="cpu", tokens=32)
+    thinking = QuietStarConfig(0, 2, 2)
     card = plan(args, thinking).peak_bytes / 2**30 / USABLE * 1.01
     assert fit("block_chunk", args, thinking, 1, card)["largest"] == "none needed"
     found = fit("tokens", args, thinking, 1, card)
@@ -179,7 +182,13 @@ def test_without_peft_the_extra_is_named_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("tiny", "gemma-3-1b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SHAPES
+    ],
+)
 def test_every_named_shape_can_be_planned(name):
     args = replace(SMALL, model=name, device=None, precision=None)
     with warnings.catch_warnings():

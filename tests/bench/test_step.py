@@ -21,7 +21,23 @@ from qstar.cli.main import main as qstar
 TINY = ["--model", "tiny", "--tokens", "9", "--thought_length", "2", "--talk_length", "2"]
 
 
-def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A new Python for each round costs seconds; the slow test has them."""
+
+    def work(args, worker, trace):
+        return json.loads(json.dumps(step_ways.work(args, *worker.split(":"), trace)))
+
+    monkeypatch.setattr(step_command, "_in_a_process", work)
+    monkeypatch.setattr(step_command, "matmul_flops", lambda dtype, device: 1e11)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param("in_processes_of_their_own", marks=pytest.mark.slow), "in_this_process"]
+)
+def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path, rounds, request):
+    if rounds == "in_this_process":
+        request.getfixturevalue(rounds)
     trace, runs = tmp_path / "trace.json", tmp_path / "runs.jsonl"
     ways = ["--way", "ours", "dense", "published", "plain", "--steps", "1", "--rounds", "1"]
     assert main([*TINY, *ways, "--trace", str(trace), "--append", str(runs)]) == 0
@@ -45,7 +61,7 @@ def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
     assert {"qstar.prefix", "qstar.rollout", "qstar.blocks", "qstar.loss", "qstar.backward"} <= names
 
 
-def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, capsys):
+def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, in_this_process, capsys):
     rates = {torch.float32: 1e11, torch.bfloat16: 3e8}
     monkeypatch.setattr(step_command, "matmul_flops", lambda dtype, device: rates[dtype])
     monkeypatch.setitem(
