@@ -1,5 +1,5 @@
 """The measurements, reached as `qstar bench ...` and `qstar memory ...`."""
 
-from qstar_bench.memory.memory_measured import memory_snapshot
+from qstar_bench.memory.memory_peaks import memory_snapshot
 
 __all__ = ["memory_snapshot"]

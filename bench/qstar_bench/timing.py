@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from qstar_bench.torch_internals import RANGE_ENTER, RANGE_EXIT, TorchDispatchMode, keep_busy
 
 _Result = TypeVar("_Result")
 AHEAD_CYCLES = 10_000_000  # some 5 ms, in which a call's launches queue up
@@ -36,7 +37,7 @@ def kernel_seconds(run: Callable[[], object], device: str) -> float:
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     _cache_filler().zero_()
-    torch.cuda._sleep(AHEAD_CYCLES)
+    keep_busy(AHEAD_CYCLES)
     began.record()
     run()
     ended.record()
@@ -101,11 +102,11 @@ class PhaseClock(TorchDispatchMode):
         return time.perf_counter()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.profiler._record_function_enter_new.default:
+        if operator is RANGE_ENTER:
             self._open.append(args[0])
             if self._outermost():
                 self._began = self._now()
-        elif operator is torch.ops.profiler._record_function_exit._RecordFunction:
+        elif operator is RANGE_EXIT:
             if self._outermost():
                 name = self._open[-1].removeprefix("qstar.")
                 self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - self._began

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qstar_bench.report.plots import style
+from qstar_bench.report.run_plots import style
 
 from experiments.curves.curves_run import Row
 from qstar.demo.town import CHANCE

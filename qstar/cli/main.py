@@ -16,7 +16,10 @@ COMMANDS = {
     "look": ("qstar.cli.look", "a text as one HTML page in which one sees the model think"),
     "demo": ("qstar.cli.demo", "the whole story on an embedded tiny model, in minutes"),
     "bench": ("qstar_bench.commands:BENCH", "measure, side by side with named baselines"),
-    "memory": ("qstar_bench.commands:MEMORY", "what a training step needs: a plan without a GPU, or measured"),
+    "memory": (
+        "qstar_bench.commands:MEMORY",
+        "what a training step needs, planned without a GPU or measured",
+    ),
 }
 Commands = dict[str, tuple[str, str]]  # by name: (module, or module:table of a group, and one line)
 

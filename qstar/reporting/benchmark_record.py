@@ -26,8 +26,8 @@ from qstar.reporting import tables
 
 
 class WrongResultError(ValueError):
-    """What is measured does not compute what it should, so that no figure of the run is shown. A ValueError:
-    the command line tells it in one line."""
+    """Say that what is measured computes a wrong result, so that no figure is shown. A ValueError, because the
+    command line reports those in one line."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class OutputArguments(TableArguments):
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for a device that is none, or is not here."""
+    """Check a device. Raises ValueError unless it is "cpu", or "cuda" on a machine with a GPU."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device = {device}: must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def check_device(device: str) -> None:
 
 
 def machine(device: str, **more: Any) -> dict[str, Any]:
-    """What every figure depends on; device is "cpu" or "cuda"."""
+    """Give what every figure depends on: device ("cpu" or "cuda"), threads, versions and commit; and `more`."""
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device != "cpu" else f"cpu ({_processor()})",
         "threads": torch.get_num_threads(),
@@ -80,7 +80,10 @@ def machine(device: str, **more: Any) -> dict[str, Any]:
         "commit": _commit(),
     }
     if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
         found["cuda"] = torch.version.cuda or torch.version.hip
+        found["memory GiB"] = properties.total_memory / 2**30
+        found["processors"] = properties.multi_processor_count
     return found | more
 
 
@@ -92,7 +95,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the sources that run, with a + where files of it are changed; None outside a checkout."""
+    """Give the commit of the running sources, with a + if files are changed; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -109,7 +112,7 @@ def finish(
     output: TableArguments,
     **figures: Any,
 ) -> dict[str, Any]:
-    """Ends a bench: appends the run where it was asked to, and prints it as the last line of stdout."""
+    """End a bench: append the run to the file of `--append` and print it as the last line of stdout."""
     document = {
         "bench": bench,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -130,7 +133,7 @@ def finish(
 
 
 def _append_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Raises ValueError when the file's columns are others: its figures would shift."""
+    """Append rows to a CSV file. Raises ValueError when its columns differ: figures would shift."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     begun = path.exists() and path.stat().st_size > 0
     if begun:

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from qstar_bench.attention import attention_plan, attention_speed
+from qstar_bench.attention import attention_command, attention_request
 from qstar_bench.attention import candidates as candidates_module
 from qstar_bench.attention.attention_check import Judge
-from qstar_bench.attention.attention_plan import PRESETS, AttentionArguments, plan
 from qstar_bench.attention.attention_problem import PASSES, Problem, Shape
+from qstar_bench.attention.attention_request import PRESETS, AttentionArguments, plan
 from qstar_bench.attention.candidates import candidates, way
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 
 from qstar.cli.main import main
 from qstar.reporting.benchmark_record import WrongResultError
@@ -33,23 +33,36 @@ def bench(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, (err.splitlines() or [""])[-1]
 
 
-def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys, tmp_path):
+@pytest.mark.parametrize("flex", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "flex"])
+def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys, tmp_path, flex):
+    """flex takes long to compile."""
     plot, trace, runs = (str(tmp_path / name) for name in ("plot.png", "trace.json", "runs.jsonl"))
     files = ["--plot", plot, "--trace", trace, "--append", runs]
-    code, out, _ = bench(capsys, *SMALL, *files, "--impl", "auto", "reference")
+    code, out, _ = bench(
+        capsys,
+        *SMALL,
+        *files,
+        "--impl",
+        "auto",
+        "reference",
+        *([] if flex else ["--baseline", "causal", "dense"]),
+    )
     assert code == 0
     document = json.loads(out.splitlines()[-1])
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == out.splitlines()[-1:]
     (case,) = document["cases"]
     assert list(case) == CASE_KEYS
     assert case["T"] == 17 and case["fwd_bwd_speedup_vs_flash"] is None
-    assert all(case[name] > 0 for name in CASE_KEYS[7:] if name != "fwd_bwd_speedup_vs_flash")
+    assert (case["fwd_speedup_vs_flex"] is not None) == flex
+    assert all(
+        case[name] > 0 for name in CASE_KEYS[7:] if "flash" not in name and (flex or "flex" not in name)
+    )
     rows = {(row["candidate"], row["pass"]): row for row in document["rows"]}
     assert rows.keys() == {
         ("matmul", "product"),
         *((name, what) for name in ("ours", "impl=reference", "causal") for what in PASSES),
         *(("dense", what) for what in PASSES[:3]),
-        ("flex", "forward"),  # on a CPU it has no backward
+        *([("flex", "forward")] if flex else []),  # on a CPU it has no backward
     }
     assert all(row["memory MiB"] > 0 for key, row in rows.items() if key[0] != "matmul")
     assert all(row["of matmul %"] > 0 and row["20 %"] <= row["80 %"] for row in rows.values())
@@ -58,7 +71,7 @@ def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys,
     card, measured = out.index("needed %"), out.index("median ms")
     for said in (
         "SLOW: impl=reference is reference",
-        "left out: flash",
+        *(["left out: flash"] if flex else []),
         "matmul GFLOP/s float32: ",
         "ours: cpu (forward",
     ):
@@ -68,6 +81,7 @@ def test_the_command_prints_a_card_and_tables_and_ends_with_its_document(capsys,
     assert {f"{' '.join(key)} T 17 L 3" for key in rows} <= names
 
 
+@pytest.mark.slow
 def test_in_bfloat16_on_a_cpu_every_baseline_is_measured(capsys):
     code, out, _ = bench(capsys, *SMALL, "--dtype", "bfloat16", "--json")
     assert code == 0
@@ -91,8 +105,8 @@ def test_several_thoughts_at_a_token_one_pass_and_a_baseline_that_is_not_asked_f
 
 
 def test_a_slow_baseline_is_called_once_a_pass_and_ours_in_every_round(capsys, monkeypatch):
-    monkeypatch.setattr(attention_speed, "SLOW_SECONDS", 1e-9)
-    monkeypatch.setattr(attention_speed.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
+    monkeypatch.setattr(attention_command, "SLOW_SECONDS", 1e-9)
+    monkeypatch.setattr(attention_command.statistics, "quantiles", lambda times, **_: [len(times)] * 4)
     options = ["--rounds", "3", "--baseline", "dense", "--passes", "forward", "--json"]
     _, out, _ = bench(capsys, *SMALL, *options)
     found = {row["candidate"]: (row["20 %"], row["memory MiB"]) for row in json.loads(out)["rows"]}
@@ -214,7 +228,7 @@ def test_costs_count_visible_cells_alone():
     ids=lambda x: x if x.startswith("--") else "",
 )
 def test_what_cannot_be_measured_is_told_in_one_line_before_anything_is(capsys, monkeypatch, argv, message):
-    monkeypatch.setattr(attention_speed, "measure", None)
+    monkeypatch.setattr(attention_command, "measure", None)
     if "triton" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code, out, error = bench(capsys, *argv.split())
@@ -230,7 +244,7 @@ def test_a_gpu_that_is_not_there_is_told():
 
 
 def test_a_cpu_path_without_its_forward_in_c_is_called_slow(monkeypatch):
-    native = attention_plan.cpu_native
+    native = attention_request.cpu_native
     monkeypatch.setattr(native, "can", lambda q, k: k.shape[2] <= 1024)
     monkeypatch.setattr(native, "built", lambda: "C, built by cc")
     assert not any("SLOW" in x for x in plan(AttentionArguments()).remarks)

@@ -4,13 +4,17 @@ import json
 import sys
 
 import pytest
-from qstar_bench import data_speed
-from qstar_bench.data_speed import POINTS, DataBenchArguments, main
+from qstar_bench import data_command
+from qstar_bench.data_command import POINTS, DataBenchArguments, main
 
 from qstar.reporting.benchmark_record import WrongResultError
 
 
-@pytest.mark.parametrize("options", [["--kind", "json.gz"], ["--spans", "random"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["--kind", "json.gz"], pytest.param(["--spans", "random"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_the_command_ends_with_its_run(capsys, tmp_path, options):
     plot, runs = tmp_path / "plot.png", tmp_path / "runs.jsonl"
     more = ["--plot", str(plot), "--append", str(runs), "--folder", str(tmp_path)]
@@ -27,23 +31,23 @@ def test_the_command_ends_with_its_run(capsys, tmp_path, options):
 
 
 def test_rows_that_differ_between_numbers_of_workers_are_never_shown(monkeypatch):
-    make = data_speed.RowStream
+    make = data_command.RowStream
 
     def by_workers(arguments, tokenizer, talk_length, seed, workers, window):
         return make(arguments, tokenizer, talk_length, workers, workers, window)
 
-    monkeypatch.setattr(data_speed, "RowStream", by_workers)
+    monkeypatch.setattr(data_command, "RowStream", by_workers)
     with pytest.raises(WrongResultError, match="1 workers give other rows than 0"):
         main(["--preset", "smoke", "--workers", "0", "1", "--json"])
 
 
 def test_a_stream_that_goes_on_elsewhere_is_never_shown(monkeypatch):
-    real = data_speed.RowStream.load_state_dict
+    real = data_command.RowStream.load_state_dict
 
     def a_row_late(self, state):
         real(self, state | {"offset": state["offset"] + 1})
 
-    monkeypatch.setattr(data_speed.RowStream, "load_state_dict", a_row_late)
+    monkeypatch.setattr(data_command.RowStream, "load_state_dict", a_row_late)
     with pytest.raises(WrongResultError, match=r"goes on after .* gives another batch"):
         main(["--preset", "smoke", "--workers", "0", "--json"])
 
@@ -65,7 +69,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_spans_that_there_are_not_are_refused_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(data_speed, "write_stream", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(data_command, "write_stream", lambda *_: pytest.fail("it was written"))
     with pytest.raises(ValueError, match="spans = 'some': must be one of all, random"):
         main(["--preset", "smoke", "--spans", "some", "--json"])
 

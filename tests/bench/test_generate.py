@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from qstar_bench import generation_speed
-from qstar_bench.generation_speed import recompute
+from qstar_bench import generation_command
+from qstar_bench.generation_command import recompute
 from tiny_models import thinking_model, tokens, write
 from tiny_tokenizer import saved_base_model
 from transformers import AutoTokenizer
@@ -56,7 +56,7 @@ def test_the_command_prints_a_card_and_a_table_and_ends_with_its_document(folder
 
 
 def test_a_way_that_writes_other_tokens_gives_one_line_and_no_figure(folder, monkeypatch, capsys):
-    monkeypatch.setattr(generation_speed, "recompute", lambda model, ids, k: recompute(model, ids, k) + 1)
+    monkeypatch.setattr(generation_command, "recompute", lambda model, ids, k: recompute(model, ids, k) + 1)
     assert main(["bench", "generate", "--model", folder, "--prompt", "we meet", "--new_tokens", "4"]) == 1
     out, err = capsys.readouterr()
     said = "recompute does not write the tokens of speculative, no time is shown"

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from qstar_bench import gpu
-from qstar_bench.attention.attention_plan import AttentionArguments
-from qstar_bench.generation_speed import GenerateArguments
-from qstar_bench.gpu import Stage, counts, stages
-from qstar_bench.training_step.step_ways import StepArguments
+from qstar_bench import gpu_command
+from qstar_bench.attention.attention_request import AttentionArguments
+from qstar_bench.generation_command import GenerationBenchArguments
+from qstar_bench.gpu_command import Stage, counts, stages
+from qstar_bench.training_step.step_ways import StepBenchArguments
 
 from qstar.cli.main import main
 from qstar.cli.options import parse_options
 from qstar.reporting.benchmark_record import OutputArguments
 
-ARGUMENTS = {"attention": AttentionArguments, "generate": GenerateArguments, "step": StepArguments}
+ARGUMENTS = {
+    "attention": AttentionArguments,
+    "generate": GenerationBenchArguments,
+    "step": StepBenchArguments,
+}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_and_writes_one_file_and_its_tables(tmp_path, capsys):
     output = tmp_path / "results" / "gpu.json"
     assert main(["bench", "gpu", "--rehearse", "--output", str(output)]) == 0
@@ -39,14 +45,14 @@ def test_a_rehearsal_runs_every_stage_and_writes_one_file_and_its_tables(tmp_pat
 
 def test_a_stage_that_fails_or_runs_out_of_time_is_reported_and_the_others_run(tmp_path, monkeypatch, capsys):
     broken = [
-        Stage("broken", ["qstar.cli.main", "bench", "nothing"], 60),
+        Stage("broken", ["json.tool", "no-such-file"], 60),
         Stage("slow", ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(30)"], 1),
         Stage("step", ["json.tool", "--help"], 60),
     ]
-    monkeypatch.setattr(gpu, "stages", lambda rehearse, folder: broken)
+    monkeypatch.setattr(gpu_command, "stages", lambda rehearse, folder: broken)
     assert main(["bench", "gpu", "--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert "bench nothing: must be one of" in found["stages"][0]["failed"]
+    assert "no-such-file" in found["stages"][0]["failed"]
     assert found["stages"][1]["failed"] == "not done in 1 s"
     assert found["stages"][2]["failed"] is None
     assert not found["passed"]
@@ -67,10 +73,18 @@ def test_a_stage_without_time_ends_with_all_that_it_started(tmp_path):
     assert not alive.exists()
 
 
+def test_every_gpu_test_is_in_the_folder_that_the_command_runs():
+    marked = [
+        p for p in (gpu_command.ROOT / "tests").rglob("*.py") if "pytest.mark.gpu" in p.read_text("utf-8")
+    ]
+    folder = gpu_command.ROOT / gpu_command.GPU_TESTS
+    assert marked and [path for path in marked if not path.is_relative_to(folder)] == [Path(__file__)]
+
+
 def test_a_last_line_that_is_cut_is_no_document():
-    assert gpu._last_document('{"rows": [') is None
-    assert gpu._last_document("") is None
-    assert gpu._last_document('table\n{"rows": []}\n') == {"rows": []}
+    assert gpu_command._last_document('{"rows": [') is None
+    assert gpu_command._last_document("") is None
+    assert gpu_command._last_document('table\n{"rows": []}\n') == {"rows": []}
 
 
 def test_on_a_gpu_the_stages_take_at_most_ten_minutes_and_their_options_are_understood(tmp_path, monkeypatch):
@@ -106,7 +120,7 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys):
 
 
 def test_without_the_tests_beside_it_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_command, "ROOT", tmp_path)
     assert main(["bench", "gpu", "--rehearse", "--output", str(tmp_path / "gpu.json")]) == 1
     said = "qstar bench: bench gpu: runs the tests, which only a clone of the project has\n"
     assert capsys.readouterr().err == said and not list(tmp_path.iterdir())

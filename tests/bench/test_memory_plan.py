@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qstar_bench.memory.memory_fit import USABLE, estimate, fit, largest
-from qstar_bench.memory.memory_planner import CATEGORIES, plan
-from qstar_bench.memory.memory_profile import measure
-from qstar_bench.memory.memory_setup import StepArguments
-from qstar_bench.memory.memory_tracker import STEP_PHASES
-from qstar_bench.shapes import SHAPES, base_config
+from qstar_bench.memory.allocation_tracker import STEP_PHASES
+from qstar_bench.memory.largest_fit import USABLE, estimate, fit, largest
+from qstar_bench.memory.planned_step import CATEGORIES, plan
+from qstar_bench.memory.profile_command import measure
+from qstar_bench.memory.step_setup import MemoryStepArguments
+from qstar_bench.model_shapes import SHAPES, base_config
 
 from qstar import QuietStarConfig
 from qstar.cli.main import main
 
-SMALL = StepArguments(tokens=24)
+SMALL = MemoryStepArguments(tokens=24)
 THINKING = QuietStarConfig(thought_length=3, talk_length=2)
 OPTIONS = ["--tokens", "24", "--thought_length", "3", "--talk_length", "2"]
 
@@ -25,14 +25,16 @@ OPTIONS = ["--tokens", "24", "--thought_length", "3", "--talk_length", "2"]
 @pytest.mark.parametrize(
     ("args", "thinking"),
     [
-        (StepArguments(tokens=64), replace(THINKING, thought_length=5)),
-        (
+        (MemoryStepArguments(tokens=64), replace(THINKING, thought_length=5)),
+        pytest.param(
             replace(SMALL, batch=2, tokens=12),
             replace(THINKING, num_thoughts=3, block_chunk=12 * THINKING.slots),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             replace(SMALL, gradient_checkpointing=True, precision="bf16-mixed"),
             replace(THINKING, num_thoughts=1, thinking_positions="random", thinking_fraction=0.5),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["plain", "batch and chunks", "checkpointing and autocast"],
@@ -61,7 +63,7 @@ def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
     thinking = replace(thinking, block_chunk=8 * thinking.slots)
     few = plan(SMALL, thinking, layers=1)
     assert few.chunks == (3, 6)
-    monkeypatch.setattr("qstar_bench.memory.memory_planner.PLANNED_CHUNKS", 6)
+    monkeypatch.setattr("qstar_bench.memory.planned_step.PLANNED_CHUNKS", 6)
     every = plan(SMALL, thinking, layers=1)
     assert every.chunks == (6, 6)
     assert abs(few.peak_bytes / every.peak_bytes - 1) < 0.02
@@ -124,7 +126,8 @@ def test_the_command_prints_a_table_and_draws_a_plot(tmp_path, capsys):
 
 
 def test_what_fits_on_a_card_is_the_largest_that_does():
-    args, thinking = StepArguments(tokens=32), QuietStarConfig(0, 2, 2)
+    args = MemoryStepArguments(model="tiny", device="cpu", tokens=32)
+    thinking = QuietStarConfig(0, 2, 2)
     card = plan(args, thinking).peak_bytes / 2**30 / USABLE * 1.01
     assert fit("block_chunk", args, thinking, 1, card)["largest"] == "none needed"
     found = fit("tokens", args, thinking, 1, card)
@@ -133,7 +136,7 @@ def test_what_fits_on_a_card_is_the_largest_that_does():
 
 
 def test_on_a_card_that_is_too_small_nothing_fits(monkeypatch, capsys):
-    monkeypatch.setattr("qstar_bench.memory.memory_plan.OPTIONS", ("tokens", "batch"))
+    monkeypatch.setattr("qstar_bench.memory.plan_command.OPTIONS", ("tokens", "batch"))
     options = ["--tokens", "8", "--thought_length", "0", "--talk_length", "2", "--json", "true"]
     assert main(["memory", "plan", *options, "--card_gb", "0.01"]) == 0
     rows = json.loads(capsys.readouterr().out)["fits"]
@@ -179,13 +182,13 @@ def test_without_peft_the_extra_is_named_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
-def test_there_is_a_plan_and_a_profile_and_nothing_else(capsys):
-    for given in (["memory"], ["memory", "guess"]):
-        assert main(given) == 1
-        assert "must be one of plan, profile" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("tiny", "gemma-3-1b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SHAPES
+    ],
+)
 def test_every_named_shape_can_be_planned(name):
     args = replace(SMALL, model=name, device=None, precision=None)
     with warnings.catch_warnings():

@@ -8,9 +8,9 @@ import types
 import pytest
 import qstar_bench
 import torch
-from qstar_bench.memory import memory_measured
-from qstar_bench.memory.memory_measured import Measured, memory_snapshot
-from qstar_bench.memory.memory_tracker import STEP_PHASES
+from qstar_bench.memory import memory_peaks
+from qstar_bench.memory.allocation_tracker import STEP_PHASES
+from qstar_bench.memory.memory_peaks import MeasuredMemory, memory_snapshot
 from torch.profiler import record_function
 
 from qstar.cli.main import main
@@ -52,7 +52,7 @@ def test_resident_memory_is_sampled_by_phase():
         made = mmap.mmap(-1, mib * KIB * KIB)  # fresh pages: tensors may get what earlier tests have freed
         for page in range(0, len(made), mmap.PAGESIZE):
             made[page] = 1
-        memory_measured.time.sleep(seconds)
+        memory_peaks.time.sleep(seconds)
         return made
 
     with memory_snapshot(device="cpu") as found:
@@ -157,7 +157,7 @@ def test_a_step_that_does_not_fit_is_one_line_with_its_plan_and_its_snapshot(mon
     def too_much(*_):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr("qstar_bench.memory.memory_profile.measure", too_much)
+    monkeypatch.setattr("qstar_bench.memory.profile_command.measure", too_much)
     assert main(["memory", "profile", *OPTIONS]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "ran out of memory: tried to allocate 80 GiB" in error and "planned at" in error
@@ -174,12 +174,12 @@ def test_only_allocations_of_the_device_count():
     log = types.SimpleNamespace(
         profiler=types.SimpleNamespace(kineto_results=types.SimpleNamespace(events=lambda: events))
     )
-    assert memory_measured._held(log, "cuda") == [(1, 8), (3, 3), (4, 7)]
-    assert memory_measured._held(log, "cpu") == [(2, 100)]
+    assert memory_peaks._held(log, "cuda") == [(1, 8), (3, 3), (4, 7)]
+    assert memory_peaks._held(log, "cpu") == [(2, 100)]
 
 
 def test_snapshots_are_refused_where_they_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"snapshot = .*: its folder does not exist"):
         memory_snapshot(tmp_path / "none" / "x.pickle", device="cuda").__enter__()
     assert qstar_bench.memory_snapshot is memory_snapshot
-    assert Measured().peak_bytes == 0
+    assert MeasuredMemory().peak_bytes == 0

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from browser import PHONE, Browser
-from qstar_bench.report import plots
+from qstar_bench.report import run_plots
 from qstar_bench.report.report_command import main
 
 from qstar.cli.main import main as command_line
@@ -121,7 +121,7 @@ def test_one_document_over_many_lines_is_a_run_too(tmp_path):
 
 
 def test_the_plots_of_known_benches_show_their_rows(tmp_path):
-    found = {plot.title.removeprefix("forward + backward: "): plot for plot in plots.of_run(attention())}
+    found = {plot.title.removeprefix("forward + backward: "): plot for plot in run_plots.of_run(attention())}
     assert list(found) == [
         "time over all slots",
         "memory over all slots",
@@ -130,7 +130,7 @@ def test_the_plots_of_known_benches_show_their_rows(tmp_path):
     ]
     assert found["memory over all slots"].series["T 64"] == [(64, 0.64), (256, 2.56), (1024, 10.24)]
     assert [x for x, _ in found["time over the slots of a block"].series["T 256"]] == [1, 4, 16]
-    phases, memory = plots.of_run(step())
+    phases, memory = run_plots.of_run(step())
     assert phases.names == ("ours float32", "plain float32")
     assert phases.series == {"prefix": [(0, 0.2)], "blocks": [(0, 0.5)], "backward": [(1, 0.3)]}
     assert memory.series == {"peak GiB": [(0, 0.5), (1, 0.25)]}
@@ -153,14 +153,14 @@ def test_the_strategies_of_several_plans_are_drawn_beside_each_other(tmp_path):
         ]
         plans.append(a_run("memory plan", rows))
         plans[-1]["arguments"]["strategy"] = strategy
-    (plot,) = plots.strategies(plans)
+    (plot,) = run_plots.strategies(plans)
     assert [name.split()[0] for name in plot.names] == ["adamw", "lora"]
     assert plot.series == {"K/V": [(0, 4.0), (1, 1.0)], "logits": [(0, 8.0), (1, 2.0)]}
-    assert plots.strategies(plans[:1]) == []
+    assert run_plots.strategies(plans[:1]) == []
     assert report(tmp_path, *plans).count("<svg ") == 3
 
 
-@pytest.mark.parametrize("bench", list(plots.PLOTS))
+@pytest.mark.parametrize("bench", list(run_plots.PLOTS))
 def test_rows_without_what_a_plot_needs_give_no_plot(tmp_path, bench):
     odd = a_run(bench, [{}, {"T": "x", "N": 1, "L": [], "pass": "both", "candidate": "ours"}, {"over": "k"}])
     assert "<svg" not in report(tmp_path, odd, a_run(bench, []))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from qstar_bench.training_step import scaling
-from qstar_bench.training_step.scaling import PRESETS, ScalingArguments, check, chosen, main, points
+from qstar_bench.training_step import scaling_command
+from qstar_bench.training_step.scaling_command import PRESETS, ScalingArguments, check, chosen, main, points
 
 from qstar.reporting.benchmark_record import WrongResultError
 
@@ -29,7 +29,7 @@ def test_the_command_ends_with_its_run_and_chunks_need_less_memory(capsys, tmp_p
 def test_a_chunked_step_of_another_loss_is_never_timed(monkeypatch):
     true = torch.tensor(7.5)
     check(points(PRESETS["smoke"])[0], true + 1e-6, true)
-    real = scaling.one_step
+    real = scaling_command.one_step
 
     def wrong(model, text):
         """What a chunk that is left out would do."""
@@ -37,8 +37,8 @@ def test_a_chunked_step_of_another_loss_is_never_timed(monkeypatch):
             return real(model, text)
         return real(model, text[:, :-1])
 
-    monkeypatch.setattr(scaling, "one_step", wrong)
-    monkeypatch.setattr(scaling, "timed", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(scaling_command, "one_step", wrong)
+    monkeypatch.setattr(scaling_command, "timed", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(WrongResultError, match="the loss in chunks is"):
         main(["--preset", "smoke", "--json"])
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from qstar_bench import timing
-from qstar_bench.flops import step_flops
+from qstar_bench.step_flops import step_flops
 from qstar_bench.timing import PhaseClock
-from qstar_bench.training_step import step_speed, step_ways
-from qstar_bench.training_step.published import published_step
-from qstar_bench.training_step.step_speed import main
-from qstar_bench.training_step.step_ways import StepArguments, build
+from qstar_bench.training_step import step_command, step_ways
+from qstar_bench.training_step.published_step import published_step
+from qstar_bench.training_step.step_command import main
+from qstar_bench.training_step.step_ways import StepBenchArguments, build
 from tiny_models import thinking_model, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,23 @@ from qstar.cli.main import main as qstar
 TINY = ["--model", "tiny", "--tokens", "9", "--thought_length", "2", "--talk_length", "2"]
 
 
-def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A new Python for each round costs seconds; the slow test has them."""
+
+    def work(args, worker, trace):
+        return json.loads(json.dumps(step_ways.work(args, *worker.split(":"), trace)))
+
+    monkeypatch.setattr(step_command, "_in_a_process", work)
+    monkeypatch.setattr(step_command, "matmul_flops", lambda dtype, device: 1e11)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param("in_processes_of_their_own", marks=pytest.mark.slow), "in_this_process"]
+)
+def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path, rounds, request):
+    if rounds == "in_this_process":
+        request.getfixturevalue(rounds)
     trace, runs = tmp_path / "trace.json", tmp_path / "runs.jsonl"
     ways = ["--way", "ours", "dense", "published", "plain", "--steps", "1", "--rounds", "1"]
     assert main([*TINY, *ways, "--trace", str(trace), "--append", str(runs)]) == 0
@@ -45,9 +61,9 @@ def test_the_command_compares_the_ways_and_ends_with_json(capsys, tmp_path):
     assert {"qstar.prefix", "qstar.rollout", "qstar.blocks", "qstar.loss", "qstar.backward"} <= names
 
 
-def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, capsys):
+def test_a_preset_leaves_out_what_the_machine_only_emulates_and_says_so(monkeypatch, in_this_process, capsys):
     rates = {torch.float32: 1e11, torch.bfloat16: 3e8}
-    monkeypatch.setattr(step_speed, "matmul_flops", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(step_command, "matmul_flops", lambda dtype, device: rates[dtype])
     monkeypatch.setitem(
         step_ways.PRESETS,
         "small",
@@ -115,7 +131,7 @@ def test_a_way_that_computes_something_else_is_never_timed(monkeypatch, capsys):
 
 
 def test_the_counted_operations_of_plain_training_are_those_that_torch_counts():
-    args = StepArguments(model="tiny", tokens=9, thought_length=2, talk_length=2, way=["plain"])
+    args = StepBenchArguments(model="tiny", tokens=9, thought_length=2, talk_length=2, way=["plain"])
     model, text = build(args, "plain")
     model.base.set_attn_implementation("eager")  # counted in full, where the method needs the causal half
     with FlopCounterMode(display=False) as counter:
@@ -131,7 +147,7 @@ def test_the_counted_operations_of_plain_training_are_those_that_torch_counts():
 
 
 def test_the_counted_operations_of_thinking_are_those_that_torch_counts_in_the_layers():
-    args = StepArguments(model="tiny", tokens=9, thought_length=2, talk_length=2)
+    args = StepBenchArguments(model="tiny", tokens=9, thought_length=2, talk_length=2)
     model, text = build(args, "dense")
     with FlopCounterMode(display=False) as counter:
         model(text).loss.backward()

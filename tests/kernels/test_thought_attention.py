@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 from attention_cases import GRADIENTS, Case, absolute_errors, dense_mask, problem, relative_errors, run
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_kernels import cpu_native, resolve_impl, thought_attention
 from qstar_kernels import cpu_tiles as engine
 from tensor_sizes import LargestTensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, problem
 from qstar_bench.kernels import workspace
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_kernels import cpu_native
 from qstar_kernels.cpu_attention import _backward_op, _forward_op
 from qstar_kernels.triton_backward_keys import keys_tile_of

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 from tiny_models import base_model, thinking_model, tokens
 
 from qstar import QuietStarConfig, QuietStarForCausalLM

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from qstar_bench.commands import BENCH, MEMORY
 from tiny_models import COMMON
 from tiny_tokenizer import PROSE, saved_base_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qstar import QuietStarForCausalLM
-from qstar_bench.commands import BENCH, MEMORY
-
 from qstar.cli.main import COMMANDS, main
 
 SIZES = {"span_length": 24, "held_out_rows": 2, "thought_length": 2, "talk_length": 2, "num_thoughts": 2}

@@ -11,7 +11,7 @@ from typing import Any
 
 from qstar.cli.options import Parser
 from qstar.option_checks import check_folder
-from qstar_bench.report import plots
+from qstar_bench.report import run_plots
 from qstar_bench.report.report_page import is_run, page
 
 
@@ -80,9 +80,9 @@ def main(argv: list[str]) -> int:
     if args.plots is not None:
         Path(args.plots).mkdir(exist_ok=True)
         for i, run in enumerate(runs, 1):
-            if drawn := plots.of_run(run):
+            if drawn := run_plots.of_run(run):
                 name = re.sub(r"\W+", "-", run["bench"])
                 path = Path(args.plots) / f"{i}-{name}.png"
-                plots.save(drawn, path)
+                run_plots.save(drawn, path)
                 print(path)
     return 0

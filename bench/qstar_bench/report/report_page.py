@@ -10,7 +10,7 @@ import json
 from html import escape
 from typing import Any
 
-from qstar_bench.report import plots
+from qstar_bench.report import run_plots
 
 NOT_MEASURED = "a model, not a measurement"
 # bench: the columns that are computed from a model of the machine; None: all of them
@@ -69,7 +69,7 @@ def page(runs: list[dict[str, Any]]) -> str:
     """The whole document."""
     sections = "".join(section(i, run) for i, run in enumerate(runs, 1))
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
-    across = drawn(plots.strategies(runs), "all")
+    across = drawn(run_plots.strategies(runs), "all")
     if across:
         across = f"<p>{label(NOT_MEASURED)}</p>\n{across}"
     return f"{HEAD}<h1>qstar bench</h1>\n{summary(runs, count)}{across}{sections}</body>\n</html>\n"
@@ -108,7 +108,7 @@ def ratios(run: dict[str, Any]) -> list[tuple[str, str]]:
             found[name] = [figure]
         for case in figure if name not in COMMON and isinstance(figure, list) else ():
             for key, value in case.items() if isinstance(case, dict) else ():
-                if ("_vs_" in key or "speedup" in key) and plots.number(value):
+                if ("_vs_" in key or "speedup" in key) and run_plots.number(value):
                     found.setdefault(key, []).append(value)
     told = []
     for name, values in found.items():
@@ -123,13 +123,13 @@ def section(i: int, run: dict[str, Any]) -> str:
     modelled = f"<p>{label(NOT_MEASURED)}</p>\n" if _all_modelled(run) else ""
     tables = "".join(table(run, title, rows, j == 0) for j, (title, rows) in enumerate(tables_of(run)))
     when = f'<p class="faint">{escape(run["when"])}</p>\n'
-    drawings = drawn(plots.of_run(run), f"run-{i}")
+    drawings = drawn(run_plots.of_run(run), f"run-{i}")
     return f'<section id="run-{i}">\n<h2>{name}</h2>\n{when}{modelled}{drawings}{tables}</section>\n'
 
 
-def drawn(found: list[plots.Plot], name: str) -> str:
+def drawn(found: list[run_plots.Plot], name: str) -> str:
     """name: unique on the page."""
-    boxes = [f"<div>{plots.svg(plot, f'{name}-{i}')}</div>\n" for i, plot in enumerate(found)]
+    boxes = [f"<div>{run_plots.svg(plot, f'{name}-{i}')}</div>\n" for i, plot in enumerate(found)]
     return f'<figure class="plots">\n{"".join(boxes)}</figure>\n' if boxes else ""
 
 

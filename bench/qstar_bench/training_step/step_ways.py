@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.reporting.benchmark_record import WrongResultError, check_device
 from qstar.reporting.profiling import traced
-from qstar_bench.memory.memory_measured import peak_bytes, resident_peak_bytes
-from qstar_bench.shapes import EMBEDDED, SHAPES, base_config, weights_of
+from qstar_bench.memory.memory_peaks import peak_bytes, resident_peak_bytes
+from qstar_bench.model_shapes import EMBEDDED, SHAPES, base_config, weights_of
 from qstar_bench.timing import PhaseClock, timed
-from qstar_bench.training_step.published import published_step
+from qstar_bench.training_step.published_step import published_step
 
 WAYS = ("ours", "dense", "published", "plain")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +36,7 @@ CHECKED_TOKENS = 12  # of the text on which all ways must agree
 
 
 @dataclass
-class StepArguments:
+class StepBenchArguments:
     """A preset, or a model and the sizes of a step."""
 
     preset: str | None = field(default=None, metadata={"help": f"One of {', '.join(PRESETS)}."})
@@ -96,7 +96,7 @@ class StepArguments:
 
 
 def build(
-    args: StepArguments, way: str, device: str | None = None, small: bool = False
+    args: StepBenchArguments, way: str, device: str | None = None, small: bool = False
 ) -> tuple[QuietStarForCausalLM, Tensor]:
     """A model with thoughts in fp32, its mixing head not zero (w = 0 would leave most gradients zero), and
     one batch of random text [B, T]. A folder's own weights, a shape's random ones; small: random ones of the
@@ -128,7 +128,7 @@ def loss_of(way: str, model: QuietStarForCausalLM, text: Tensor, seed: int) -> T
     return model(text, generator=torch.Generator(text.device).manual_seed(seed)).loss
 
 
-def check(args: StepArguments) -> float:
+def check(args: StepBenchArguments) -> float:
     """The largest relative difference of loss and gradients between the ways, for the same thoughts, on a
     short text and a small model of the same architecture; in fp64, on a GPU (whose kernels have none) in
     fp32. Raises WrongResultError when they disagree."""
@@ -164,7 +164,7 @@ def check(args: StepArguments) -> float:
     return worst
 
 
-def work(args: StepArguments, way: str, dtype: str, trace: str | None = None) -> dict:
+def work(args: StepBenchArguments, way: str, dtype: str, trace: str | None = None) -> dict:
     """One round in this process: seconds of the warm-up and of every step, of each phase in one more step,
     and the peak memory of one more: of tensors (what the step adds and what is there before) and resident."""
     model, text = build(args, way)

@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 from qstar.cli.options import parse_options
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
-from qstar_bench.flops import StepFlops, step_flops
+from qstar_bench.step_flops import StepFlops, step_flops
 from qstar_bench.timing import matmul_flops
-from qstar_bench.training_step.step_ways import DTYPES, StepArguments, build, check, work
+from qstar_bench.training_step.step_ways import DTYPES, StepBenchArguments, build, check, work
 
 
 def main(argv: list[str]) -> int:
-    args, output = parse_options((StepArguments, OutputArguments), argv, prog="qstar bench step")
+    args, output = parse_options((StepBenchArguments, OutputArguments), argv, prog="qstar bench step")
     if args.worker is not None:
         way, dtype = args.worker.split(":")
         print(json.dumps(work(args, way, dtype, output.trace)))
@@ -92,7 +92,7 @@ def emulated(ceilings: dict[str, float]) -> list[str]:
     return [dtype for dtype in others if ceilings[dtype] < ceilings[first] / 10]
 
 
-def card(args: StepArguments, flops: StepFlops) -> dict[str, Any]:
+def card(args: StepBenchArguments, flops: StepFlops) -> dict[str, Any]:
     """What a step needs, counted before any measurement."""
     k, m, R = args.thought_length, args.talk_length, args.num_thoughts
     T, slots, thoughts = args.tokens, k + m + 1, (args.tokens - 1) * R
@@ -113,7 +113,7 @@ def card(args: StepArguments, flops: StepFlops) -> dict[str, Any]:
 
 
 def row(
-    args: StepArguments, run: tuple[str, str], found: list[dict], flops: StepFlops, ceiling: float
+    args: StepBenchArguments, run: tuple[str, str], found: list[dict], flops: StepFlops, ceiling: float
 ) -> dict[str, Any]:
     way, dtype = run
     seconds = sorted(s for one in found for s in one["step_s"])
@@ -144,7 +144,7 @@ def phase_row(run: tuple[str, str], found: list[dict]) -> dict[str, Any]:
 
 
 def ratios(
-    args: StepArguments, rounds: dict[tuple[str, str], list[dict]], flops: StepFlops
+    args: StepBenchArguments, rounds: dict[tuple[str, str], list[dict]], flops: StepFlops
 ) -> dict[str, float]:
     """The figures by which a step is judged; those of other precisions than the first carry their name."""
     figures = {"flops_ratio": flops.thinking / flops.plain}
@@ -171,9 +171,9 @@ def ratios(
     return figures
 
 
-def _in_a_process(args: StepArguments, worker: str, trace: str | None) -> dict:
+def _in_a_process(args: StepBenchArguments, worker: str, trace: str | None) -> dict:
     options = ["--worker", worker, *(["--trace", trace] if trace else [])]
-    for option in fields(StepArguments):
+    for option in fields(StepBenchArguments):
         value = getattr(args, option.name)
         if option.name in ("preset", "worker", "rounds") or value is None:
             continue

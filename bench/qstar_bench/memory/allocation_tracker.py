@@ -21,30 +21,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qstar.profiler_ranges import PHASES
+from qstar_bench.torch_internals import (
+    BY_MASK,
+    COLLECTIVES,
+    FSDP_GATHER,
+    RANGE_ENTER,
+    RANGE_EXIT,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    argument_names,
+    storage_key,
+    tree_leaves,
+    tree_map_only,
+    writes_to_first,
+)
 
 aten = torch.ops.aten
 BACKWARD, OPTIMISER = "qstar.backward", "qstar.optimiser"
 STEP_PHASES = (*PHASES, BACKWARD, OPTIMISER)
-_ENTER = torch.ops.profiler._record_function_enter_new.default
-_EXIT = torch.ops.profiler._record_function_exit._RecordFunction
-_COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")
-_BY_MASK = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
-}
 
 
 @dataclass(frozen=True)
-class Operator:
+class KnownOperator:
     """What the shapes of an operator's results do not say.
 
     workspace: of those of its arguments that this function names, by their names -> bytes held besides the
@@ -61,7 +63,7 @@ class Operator:
 class Storage:
     """One allocation. born and died count events (died None: there at the end); range: the number and name of
     the innermost named range it was made in, number 0 between two; category: None where only its lifetime
-    tells (see memory_planner.py)."""
+    tells (see planned_step.py)."""
 
     nbytes: int
     born: int
@@ -89,7 +91,9 @@ class Tracker(TorchDispatchMode):
     logits, and [V, D] that are no parameters sums of its gradient.
     """
 
-    def __init__(self, one_in: int, operators: dict[Any, Operator] | None = None, round_to: int = 1) -> None:
+    def __init__(
+        self, one_in: int, operators: dict[Any, KnownOperator] | None = None, round_to: int = 1
+    ) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.log = Log()
@@ -105,11 +109,11 @@ class Tracker(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back with what this rank holds of it
         kwargs = kwargs or {}
-        if func.namespace in _COLLECTIVES or func in (_ENTER, _EXIT):
+        if func.namespace in COLLECTIVES or func in (RANGE_ENTER, RANGE_EXIT):
             self._measure_again()
-        if func is _ENTER:
+        if func is RANGE_ENTER:
             self._enter(args[0])
-        elif func is _EXIT:
+        elif func is RANGE_EXIT:
             self._exit()
         result = self._run(func, args, kwargs)
         self._note(func, args, kwargs, result)
@@ -123,7 +127,7 @@ class Tracker(TorchDispatchMode):
             return self._run_real(func, args, kwargs, inputs)
         if _writes_to_real(func, args):
             return args[0]  # of numbers that do not exist: what is there stays
-        if func in _BY_MASK:
+        if func in BY_MASK:
             args = (args[0], _without_masks(args[1]), *args[2:])
         elif func is aten.masked_select.default:
             x, mask = torch.broadcast_tensors(args[0], args[1])
@@ -172,7 +176,7 @@ class Tracker(TorchDispatchMode):
     def see(self, x: Tensor, category: str | None = None) -> Storage | None:
         """Write down the storage of x, if it is new, and its category, if it has none. None: an empty one."""
         storage = x.untyped_storage()
-        key = storage._cdata
+        key = storage_key(x)
         known = self._alive.get(key)
         if known is None:
             nbytes = self._rounded(storage.nbytes())
@@ -217,14 +221,14 @@ class Tracker(TorchDispatchMode):
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self.see(x, self._category(func, args, x))
-        if func is torch.ops.fsdp.split_with_sizes_copy.default:
+        if func is FSDP_GATHER:
             for x in kwargs["out"]:
                 self.see(x, "parameters")
-                self._gathered[x.untyped_storage()._cdata] = weakref.ref(x.untyped_storage())
+                self._gathered[storage_key(x)] = weakref.ref(x.untyped_storage())
         operator = self._operators.get(func)
         if operator is None:
             return
-        named = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        named = dict(zip(argument_names(func), args)) | kwargs
         asked = inspect.signature(operator.workspace).parameters
         held = self._born(operator.workspace(**{name: named[name] for name in asked if name in named}))
         held.category = "temporary"
@@ -239,7 +243,7 @@ class Tracker(TorchDispatchMode):
         if not x.dtype.is_floating_point or not x.ndim:
             return None
         if func is aten._to_copy.default and isinstance(args[0], Tensor):
-            source = self._alive.get(args[0].untyped_storage()._cdata)
+            source = self._alive.get(storage_key(args[0]))
             if source is not None and source.category in ("parameters", "casts"):
                 return "casts"
         if self.head_shape is not None:
@@ -252,9 +256,7 @@ class Tracker(TorchDispatchMode):
 
 def _writes_to_real(func, args) -> bool:
     """Whether an operator would write fake numbers into a real tensor."""
-    first = func._schema.arguments[:1]
-    written = bool(first) and first[0].alias_info is not None and first[0].alias_info.is_write
-    return written and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor)
+    return writes_to_first(func) and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor)
 
 
 def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:

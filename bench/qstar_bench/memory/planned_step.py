@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from qstar_kernels.triton_tiles import CHIPS
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,18 +18,19 @@ from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.profiler_ranges import BLOCKS, ROLLOUT
 from qstar.supported import text_body
 from qstar_bench.kernels import workspace
-from qstar_bench.memory import memory_setup
-from qstar_bench.memory.memory_setup import StepArguments
-from qstar_bench.memory.memory_tracker import (
+from qstar_bench.memory import step_setup
+from qstar_bench.memory.allocation_tracker import (
     BACKWARD,
     OPTIMISER,
     STEP_PHASES,
+    KnownOperator,
     Log,
-    Operator,
     Storage,
     Tracker,
 )
-from qstar_bench.shapes import base_config
+from qstar_bench.memory.step_setup import MemoryStepArguments
+from qstar_bench.model_shapes import base_config
+from qstar_bench.torch_internals import fake_ranks
 
 CATEGORIES = (
     "parameters",
@@ -71,7 +70,7 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """peak: bytes by category at the highest moment; phases: the same, at the highest moment of each."""
 
     timeline: Timeline
@@ -91,25 +90,27 @@ class Plan:
         return {phase: self.timeline.peak(phase) for phase in STEP_PHASES}
 
 
-def plan(args: StepArguments, thinking: QuietStarConfig, layers: int | None = None, gpus: int = 1) -> Plan:
+def plan(
+    args: MemoryStepArguments, thinking: QuietStarConfig, layers: int | None = None, gpus: int = 1
+) -> MemoryPlan:
     """The plan of the CPU's memory, or that of each of `gpus` GPUs under FSDP2 (`shard`).
 
     layers: instead of the config's own. Raises ValueError for sizes that the step itself would refuse.
     """
     config = base_config(args.model, layers)
-    memory_setup.check_sizes(args, thinking, config)
+    step_setup.check_sizes(args, thinking, config)
     few, chunks = _few_chunks(args, thinking)
     few = replace(few, attention=_planned(thinking.attention))
     tracker = Tracker(2 if few.num_thoughts > 1 else 1, _operators(args.device), args.round_to)
     with fake_ranks(gpus), tracker:
-        model = memory_setup.build(args, few, config)
+        model = step_setup.build(args, few, config)
         parameters = sum(p.numel() for p in model.parameters())
         head_shape = tuple(model.get_output_embeddings().weight.shape)
         if gpus > 1:
             shard(model, gpus, args.precision)
         for tensor in (*model.parameters(), *model.buffers()):
             tracker.see(_local(tensor), "parameters")
-        optimiser = memory_setup.ready(model)
+        optimiser = step_setup.ready(model)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 tracker.see(_local(parameter.grad), "gradients")
@@ -117,10 +118,10 @@ def plan(args: StepArguments, thinking: QuietStarConfig, layers: int | None = No
             for tensor in state.values():
                 tracker.see(_local(tensor), "optimiser")
         tracker.head_shape = head_shape  # type: ignore[assignment]
-        ids = memory_setup.text(args, config, "cpu")
+        ids = step_setup.text(args, config, "cpu")
         began = tracker.log.events
-        memory_setup.step(model, optimiser, ids, args.precision)
-    return Plan(_timeline(tracker.log, began), parameters, chunks)
+        step_setup.step(model, optimiser, ids, args.precision)
+    return MemoryPlan(_timeline(tracker.log, began), parameters, chunks)
 
 
 def _local(x: Tensor) -> Tensor:
@@ -132,21 +133,6 @@ def _planned(attention: str) -> str:
     if attention not in ("auto", "cpu", "triton", "reference"):
         raise ValueError(f"attention = {attention!r}: must be auto, cpu, triton or reference for a plan")
     return "reference" if attention == "reference" else "auto"
-
-
-@contextmanager
-def fake_ranks(gpus: int) -> Iterator[None]:
-    """A process group of so many ranks, none of which exists but this one; one rank: none."""
-    if gpus == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None:
@@ -161,7 +147,7 @@ def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None
 
 
 def _few_chunks(
-    args: StepArguments, thinking: QuietStarConfig
+    args: MemoryStepArguments, thinking: QuietStarConfig
 ) -> tuple[QuietStarConfig, tuple[int, int] | None]:
     """With block chunks: think at as many positions as PLANNED_CHUNKS hold."""
     each = thinking.chunk_positions
@@ -177,7 +163,7 @@ def _few_chunks(
     return fewer, (PLANNED_CHUNKS, chunks)
 
 
-def _operators(device: str | None) -> dict[Any, Operator]:
+def _operators(device: str | None) -> dict[Any, KnownOperator]:
     """Fake tensors are always on the CPU, so the CPU's operators are called; on a GPU Triton's would be."""
     forward: Any = workspace.cpu_forward
     backward: Any = workspace.cpu_backward
@@ -186,9 +172,9 @@ def _operators(device: str | None) -> dict[Any, Operator]:
         backward = partial(workspace.triton_backward, chip=CHIP)
     names = ("k", "v", "k_prefix", "v_prefix")
     return {
-        torch.ops.qstar.thought_attention_cpu.default: Operator(forward, names, keeps=device == "cuda"),
-        torch.ops.qstar.thought_attention_cpu_no_grad.default: Operator(forward, names),
-        torch.ops.qstar.thought_attention_cpu_backward.default: Operator(backward),
+        torch.ops.qstar.thought_attention_cpu.default: KnownOperator(forward, names, keeps=device == "cuda"),
+        torch.ops.qstar.thought_attention_cpu_no_grad.default: KnownOperator(forward, names),
+        torch.ops.qstar.thought_attention_cpu_backward.default: KnownOperator(backward),
     }
 
 
@@ -219,7 +205,7 @@ def _timeline(log: Log, began: int) -> Timeline:
     return Timeline(changes.cumsum(0)[began:-1], phase[began:-1])
 
 
-def describe(args: StepArguments, thinking: QuietStarConfig, gpus: int, parameters: int) -> str:
+def describe(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int, parameters: int) -> str:
     """The step, in words."""
     where = f"one of {gpus} GPUs under FSDP2" if gpus > 1 else args.device
     ways = "gradient checkpointing, " if args.gradient_checkpointing else ""
@@ -232,7 +218,7 @@ def describe(args: StepArguments, thinking: QuietStarConfig, gpus: int, paramete
     )
 
 
-def assumptions(args: StepArguments, found: Plan) -> str:
+def assumptions(args: MemoryStepArguments, found: MemoryPlan) -> str:
     """What the figures of a plan rest on."""
     gpu = f"Triton's kernels with the tiles of {CHIP.name}, the CPU's choice of all other operators"
     kernels = gpu if args.device == "cuda" else "this machine's kernels"

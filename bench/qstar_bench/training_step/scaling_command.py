@@ -23,8 +23,8 @@ from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, finish, machine
 from qstar.reporting.profiling import traced
-from qstar_bench.memory.memory_measured import peak_bytes
-from qstar_bench.report import plots
+from qstar_bench.memory.memory_peaks import peak_bytes
+from qstar_bench.report import run_plots
 from qstar_bench.timing import timed
 
 # fp32 sums in another order, over some thousand terms: a wrong thought or a block left out is far above it
@@ -33,7 +33,7 @@ TOGETHER = "all at once"
 
 
 @dataclass(frozen=True)
-class Preset:
+class ScalingPreset:
     """T tokens of text and the options of a Mistral's config; the values of each sweep, and where k and R
     stand in the others (all positions think there); block_chunk and rounds unless told otherwise."""
 
@@ -60,7 +60,7 @@ def shape(width: int, layers: int, heads: int, mlp: int, vocabulary: int) -> dic
 
 
 PRESETS = {
-    "cpu": Preset(
+    "cpu": ScalingPreset(
         T=129,
         model=shape(width=128, layers=4, heads=4, mlp=352, vocabulary=2048),
         k=6,
@@ -71,7 +71,7 @@ PRESETS = {
         block_chunk=176,
         rounds=3,
     ),
-    "smoke": Preset(
+    "smoke": ScalingPreset(
         T=17,
         model=shape(width=16, layers=1, heads=2, mlp=16, vocabulary=64),
         k=2,
@@ -105,7 +105,7 @@ class ScalingArguments:
         check_folder("plot", self.plot)
 
 
-def chosen(args: ScalingArguments) -> tuple[Preset, int, int]:
+def chosen(args: ScalingArguments) -> tuple[ScalingPreset, int, int]:
     """(preset, block_chunk, rounds). Raises ValueError for a size that cannot be."""
     preset = PRESETS[args.preset]
     rounds = preset.rounds if args.rounds is None else args.rounds
@@ -127,7 +127,7 @@ class Point:
     share: float
 
 
-def points(preset: Preset) -> list[Point]:
+def points(preset: ScalingPreset) -> list[Point]:
     middle = Point("", preset.k, preset.R, 1.0)
     return [
         *(replace(middle, over="k", k=k) for k in preset.lengths),
@@ -136,7 +136,7 @@ def points(preset: Preset) -> list[Point]:
     ]
 
 
-def build(preset: Preset) -> tuple[QuietStarForCausalLM, Tensor]:
+def build(preset: ScalingPreset) -> tuple[QuietStarForCausalLM, Tensor]:
     """A random model in fp32 and random text [1, T]."""
     torch.manual_seed(0)
     base = MistralForCausalLM(MistralConfig(**preset.model, sliding_window=None))
@@ -267,5 +267,5 @@ def main(argv: list[str]) -> int:
         model={"T": preset.T} | preset.model,
     )
     if args.plot is not None:
-        plots.save(plots.of_run(document), args.plot)
+        run_plots.save(run_plots.of_run(document), args.plot)
     return 0

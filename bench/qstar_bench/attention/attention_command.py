@@ -22,10 +22,10 @@ from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar.reporting.profiling import traced
 from qstar_bench.attention.attention_check import Judge
-from qstar_bench.attention.attention_plan import PRESETS, AttentionArguments, Plan, plan
 from qstar_bench.attention.attention_problem import Problem, Shape
+from qstar_bench.attention.attention_request import PRESETS, AttentionArguments, Request, plan
 from qstar_bench.attention.candidates import Candidate, can, candidates, way
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_bench.timing import SquareProduct, kernel_seconds, matmul_flops, timed
 
 __all__ = ["PRESETS", "AttentionArguments", "main"]
@@ -57,7 +57,7 @@ class Case:
         return self.memory[key] / self.q_bytes if key in self.memory else None
 
 
-def measure(shape: Shape, args: AttentionArguments, chosen: Plan, bar: tqdm) -> Case:
+def measure(shape: Shape, args: AttentionArguments, chosen: Request, bar: tqdm) -> Case:
     """Times and memory of every candidate and pass. Raises WrongResultError before any time is known."""
     problem = Problem(shape, chosen.dtype, args.device)
     judge = Judge(problem)

@@ -14,9 +14,9 @@ from typing import Any
 
 from qstar import QuietStarConfig
 from qstar.supported import context_length
-from qstar_bench.memory.memory_planner import plan
-from qstar_bench.memory.memory_setup import StepArguments
-from qstar_bench.shapes import base_config
+from qstar_bench.memory.planned_step import plan
+from qstar_bench.memory.step_setup import MemoryStepArguments
+from qstar_bench.model_shapes import base_config
 
 USABLE = 0.95  # of a card: an assumption; the rest is CUDA's context, cuBLAS's workspace and fragmentation
 FEW_LAYERS = (1, 2)
@@ -24,7 +24,7 @@ TOKENS = 16_384  # the most that are tried
 OPTIONS = ("block_chunk", "tokens", "batch", "thought_length", "num_thoughts")
 
 
-def estimate(args: StepArguments, thinking: QuietStarConfig, gpus: int = 1) -> float:
+def estimate(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int = 1) -> float:
     """Peak bytes: of each phase by a straight line through two small plans, then the highest phase's."""
     layers = base_config(args.model).num_hidden_layers
     few, more = FEW_LAYERS
@@ -60,7 +60,7 @@ def largest(peak: Callable[[int], float], room: float, values: range, begin: int
 
 
 def fit(
-    name: str, args: StepArguments, thinking: QuietStarConfig, gpus: int, card_gib: float
+    name: str, args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int, card_gib: float
 ) -> dict[str, Any]:
     """{"option", "given", "largest" that fits with the others as given, and, if any does, "estimated GiB" and
     "planned GiB" (in full) of it, "note"}; name: one of OPTIONS."""
@@ -80,7 +80,7 @@ def fit(
     of_step = name in ("tokens", "batch")
     given = getattr(args if of_step else thinking, name)
 
-    def changed(value: int) -> tuple[StepArguments, QuietStarConfig]:
+    def changed(value: int) -> tuple[MemoryStepArguments, QuietStarConfig]:
         option: dict[str, Any] = {name: value if (name, value) != ("block_chunk", every) else None}
         return (replace(args, **option), thinking) if of_step else (args, replace(thinking, **option))
 

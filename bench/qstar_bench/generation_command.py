@@ -41,7 +41,7 @@ from qstar.layout import TextRows
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, WrongResultError, check_device, finish, machine
 from qstar.reporting.profiling import traced
-from qstar_bench.memory.memory_measured import peak_bytes
+from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_bench.timing import timed
 
 PROMPT = (
@@ -67,7 +67,7 @@ SHORT = 16  # tokens of the generation whose memory is measured; of the one that
 
 
 @dataclass
-class GenerateArguments:
+class GenerationBenchArguments:
     """A checkpoint, or a base model, which then begins to think with the weight of a fresh mixing head."""
 
     model: str = field(metadata={"help": "Folder of a Quiet-STaR checkpoint or a base model."})
@@ -124,7 +124,9 @@ def threshold_of(model: QuietStarForCausalLM, ids: Tensor, share: float) -> floa
 
 
 def main(argv: list[str]) -> int:
-    args, output = parse_options((GenerateArguments, OutputArguments), argv, prog="qstar bench generate")
+    args, output = parse_options(
+        (GenerationBenchArguments, OutputArguments), argv, prog="qstar bench generate"
+    )
     sizes = PRESETS[args.preset]
     new, k = args.new_tokens or sizes.new, sizes.thought_length
     sizes = Sizes(new, k, min(sizes.recompute, new), min(sizes.sequential, new))
@@ -181,7 +183,7 @@ def main(argv: list[str]) -> int:
 
 
 def checked_ways(
-    model: QuietStarForCausalLM, ids: Tensor, args: GenerateArguments, sizes: Sizes, bar: tqdm
+    model: QuietStarForCausalLM, ids: Tensor, args: GenerationBenchArguments, sizes: Sizes, bar: tqdm
 ) -> tuple[dict[str, Way], dict[str, Any]]:
     """Every way and what it wrote, by name. Raises WrongResultError when they differ in a token."""
     T, k, new = ids.shape[1], sizes.thought_length, sizes.new

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.profiler import record_function
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.supported import context_length
-from qstar_bench.memory.memory_tracker import BACKWARD, OPTIMISER
-from qstar_bench.shapes import EMBEDDED, SHAPES
+from qstar_bench.memory.allocation_tracker import BACKWARD, OPTIMISER
+from qstar_bench.model_shapes import EMBEDDED, SHAPES
+from qstar_bench.torch_internals import without_modes
 
 ON_CPU = (EMBEDDED, "smollm2-135m")  # small enough to be trained there
 STRATEGIES = ("full", "lora")
@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "bf16-mixed", "bf16")
 
 
 @dataclass
-class StepArguments:
+class MemoryStepArguments:
     """One training step: forward, backward and AdamW, as in every step after the first, with the gradients of
     an earlier micro-batch present."""
 
@@ -78,7 +78,7 @@ class StepArguments:
         return 512 if self.device == "cuda" else 1
 
 
-def check_sizes(args: StepArguments, thinking: QuietStarConfig, config: PreTrainedConfig) -> None:
+def check_sizes(args: MemoryStepArguments, thinking: QuietStarConfig, config: PreTrainedConfig) -> None:
     """Raises ValueError for a step that forward itself would refuse."""
     if thinking.talk_length >= args.tokens:
         raise ValueError(f"tokens = {args.tokens}: must be more than talk_length = {thinking.talk_length}")
@@ -91,7 +91,10 @@ def check_sizes(args: StepArguments, thinking: QuietStarConfig, config: PreTrain
 
 
 def build(
-    args: StepArguments, thinking: QuietStarConfig, config: PreTrainedConfig, weights: Path | None = None
+    args: MemoryStepArguments,
+    thinking: QuietStarConfig,
+    config: PreTrainedConfig,
+    weights: Path | None = None,
 ) -> QuietStarForCausalLM:
     """The model of the step, on the default device; its weights random, or those of a folder."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -119,7 +122,7 @@ def _adapt(base: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     base_weights = set(base.parameters())
-    with _disable_current_modes():  # peft moves what it made by Module.to, which fake tensors refuse
+    with without_modes():  # peft moves what it made by Module.to, which fake tensors refuse
         inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), base)
     device = base.get_input_embeddings().weight.device
     for module in list(base.modules()):
@@ -139,7 +142,7 @@ def ready(model: QuietStarForCausalLM) -> AdamW:
     return optimiser
 
 
-def text(args: StepArguments, config: PreTrainedConfig, device: str) -> Tensor:
+def text(args: MemoryStepArguments, config: PreTrainedConfig, device: str) -> Tensor:
     """Random ids [B, T]."""
     return torch.randint(0, config.vocab_size - 1, (args.batch, args.tokens), device=device)
 

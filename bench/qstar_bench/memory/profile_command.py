@@ -6,18 +6,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from qstar import QuietStarConfig
 from qstar.cli.options import parse_options
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar.reporting.profiling import traced
-from qstar_bench.memory import memory_setup
-from qstar_bench.memory.memory_measured import Measured, check_snapshot, memory_snapshot
-from qstar_bench.memory.memory_planner import Plan, describe, plan
-from qstar_bench.memory.memory_setup import StepArguments
-from qstar_bench.shapes import base_config, weights_of
+from qstar_bench.memory import step_setup
+from qstar_bench.memory.memory_peaks import MeasuredMemory, check_snapshot, memory_snapshot
+from qstar_bench.memory.planned_step import MemoryPlan, describe, plan
+from qstar_bench.memory.step_setup import MemoryStepArguments
+from qstar_bench.model_shapes import base_config, weights_of
+from qstar_bench.torch_internals import storage_key, tree_leaves
 
 MIB = 2**20
 
@@ -35,31 +35,34 @@ class ProfileArguments:
 
 
 def measure(
-    args: StepArguments, thinking: QuietStarConfig, snapshot: str | None = None, trace: str | None = None
-) -> Measured:
+    args: MemoryStepArguments,
+    thinking: QuietStarConfig,
+    snapshot: str | None = None,
+    trace: str | None = None,
+) -> MeasuredMemory:
     """One step of a model with random weights, or with those of a folder that has them."""
     assert args.device is not None and args.precision is not None
     config = base_config(args.model)
-    memory_setup.check_sizes(args, thinking, config)
+    step_setup.check_sizes(args, thinking, config)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = memory_setup.build(args, thinking, config, weights_of(args.model)).to(args.device)
-        optimiser = memory_setup.ready(model)
-        ids = memory_setup.text(args, config, args.device)
+        model = step_setup.build(args, thinking, config, weights_of(args.model)).to(args.device)
+        optimiser = step_setup.ready(model)
+        ids = step_setup.text(args, config, args.device)
     there = tree_leaves(
         [list(model.parameters()), list(model.buffers()), list(optimiser.state.values()), ids]
     )
     there += [p.grad for p in model.parameters() if p.grad is not None]
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in there}
+    storages = {storage_key(x): x.untyped_storage().nbytes() for x in there}
     with memory_snapshot(snapshot, args.device, before=sum(storages.values())) as found:
-        memory_setup.step(model, optimiser, ids, args.precision)
+        step_setup.step(model, optimiser, ids, args.precision)
     if trace is not None:
         with traced(trace):
-            memory_setup.step(model, optimiser, ids, args.precision)
+            step_setup.step(model, optimiser, ids, args.precision)
     return found
 
 
-def beside(planned: Plan, measured: Measured) -> list[dict[str, Any]]:
+def beside(planned: MemoryPlan, measured: MeasuredMemory) -> list[dict[str, Any]]:
     """A row for each phase, and one for the step's peak; MiB."""
     rows = []
     for phase, categories in planned.phases.items():
@@ -81,7 +84,7 @@ def _row(phase: str, planned: int, measured: int, resident: int | None) -> dict[
 
 
 def main(argv: list[str]) -> int:
-    types = (StepArguments, QuietStarConfig, ProfileArguments, OutputArguments)
+    types = (MemoryStepArguments, QuietStarConfig, ProfileArguments, OutputArguments)
     args, thinking, profile, output = parse_options(types, argv, prog="qstar memory profile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda': torch sees no GPU on this machine")

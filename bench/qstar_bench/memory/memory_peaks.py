@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qstar.option_checks import check_folder
+from qstar_bench.torch_internals import dump_snapshot, profiler_events, record_history
 
 SNAPSHOT_EVENTS = 1_000_000  # the newest allocations that a snapshot's history holds
 SAMPLE_SECONDS = 0.002
@@ -55,8 +55,7 @@ def _cpu_peak_bytes(run: Callable[[], object]) -> int:
 def _held(log: profile, device: str) -> list[tuple[int, int]]:
     """(nanoseconds, bytes held then beside what was there before) after each allocation or release."""
     kind = torch.device(device).type.upper()
-    recorded: Any = log.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in recorded.events() if event.name() == "[memory]"]
+    events = [event for event in profiler_events(log) if event.name() == "[memory]"]
     found: list[tuple[int, int]] = []
     held = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -67,7 +66,7 @@ def _held(log: profile, device: str) -> list[tuple[int, int]]:
 
 
 @dataclass
-class Measured:
+class MeasuredMemory:
     """What `memory_snapshot` found, filled in when it ends.
 
     before: bytes of tensors that were there already; phases: the most bytes of tensors in each named range,
@@ -97,7 +96,7 @@ def check_snapshot(path: str | os.PathLike | None, device: str) -> None:
 @contextmanager
 def memory_snapshot(
     path: str | os.PathLike | None = None, device: str | None = None, before: int = 0
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredMemory]:
     """Measure what runs inside; on a GPU also write a snapshot for PyTorch's memory viewer
     (https://pytorch.org/memory_viz), at the end, and when something inside runs out of memory.
 
@@ -108,13 +107,13 @@ def memory_snapshot(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_snapshot(path, device)
-    found = Measured(before=before)
+    found = MeasuredMemory(before=before)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         found.before = torch.cuda.memory_allocated()
         if path is not None:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
+            record_history(SNAPSHOT_EVENTS)
     log = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     samples: list[tuple[int, int]] = []
     try:
@@ -124,8 +123,8 @@ def memory_snapshot(
         if device == "cuda":
             torch.cuda.synchronize()
             if path is not None:
-                torch.cuda.memory._dump_snapshot(str(path))
-                torch.cuda.memory._record_memory_history(enabled=None)
+                dump_snapshot(str(path))
+                record_history(None)
             found.allocator = {
                 "allocated": torch.cuda.max_memory_allocated(),
                 "reserved": torch.cuda.max_memory_reserved(),
@@ -137,8 +136,8 @@ def memory_snapshot(
 
 def _outermost(log: profile) -> list[tuple[int, str]]:
     """(nanoseconds, name) at which each outermost named range began, in order."""
-    events = log.profiler.kineto_results.events()  # type: ignore[union-attr]
-    ranges = [(e.start_ns(), e.end_ns(), e.name()) for e in events if e.name().startswith(RANGES)]
+    events = [event for event in profiler_events(log) if event.name().startswith(RANGES)]
+    ranges = [(event.start_ns(), event.end_ns(), event.name()) for event in events]
     found: list[tuple[int, str]] = []
     last = 0
     for start, end, name in sorted(ranges):

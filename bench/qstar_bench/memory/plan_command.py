@@ -13,10 +13,10 @@ from qstar.cli.options import parse_options
 from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
-from qstar_bench.memory.memory_fit import OPTIONS, USABLE, fit
-from qstar_bench.memory.memory_planner import CATEGORIES, Plan, Timeline, assumptions, describe, plan
-from qstar_bench.memory.memory_setup import StepArguments
-from qstar_bench.memory.memory_tracker import STEP_PHASES
+from qstar_bench.memory.allocation_tracker import STEP_PHASES
+from qstar_bench.memory.largest_fit import OPTIONS, USABLE, fit
+from qstar_bench.memory.planned_step import CATEGORIES, MemoryPlan, Timeline, assumptions, describe, plan
+from qstar_bench.memory.step_setup import MemoryStepArguments
 
 MOMENTS = 2000  # that are drawn: the highest of each stretch of events
 
@@ -42,7 +42,7 @@ class PlanArguments:
         check_folder("plot", self.plot)
 
 
-def rows_of(found: Plan) -> list[dict[str, Any]]:
+def rows_of(found: MemoryPlan) -> list[dict[str, Any]]:
     """The highest moment of each phase, and of all: total and categories, in GiB, or MiB for small ones."""
     unit, size = ("GiB", 2**30) if found.peak_bytes > 4 * 2**30 else ("MiB", 2**20)
     moments = found.phases | {f"peak (in {found.timeline.phase_of_peak()})": found.peak}
@@ -85,7 +85,7 @@ def save_plot(timeline: Timeline, title: str, path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    types = (StepArguments, QuietStarConfig, PlanArguments, OutputArguments)
+    types = (MemoryStepArguments, QuietStarConfig, PlanArguments, OutputArguments)
     args, thinking, asked, output = parse_options(types, argv, prog="qstar memory plan")
     if output.trace is not None:
         raise ValueError(f"trace = {output.trace}: must be left out, a plan runs nothing")

@@ -57,7 +57,7 @@ class AttentionArguments:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """names: of the candidates; runs: what computes each that is an implementation of ours; remarks: what a
     reader of the figures must know: which are slow, and what was left out."""
 
@@ -69,7 +69,7 @@ class Plan:
     remarks: list[str]
 
 
-def plan(args: AttentionArguments) -> Plan:
+def plan(args: AttentionArguments) -> Request:
     """Raises ValueError for a name that is none, a size that cannot be, and what cannot run here."""
     names: list[tuple[str, str, Iterable[str]]] = [
         ("preset", args.preset or "cpu-small", PRESETS),
@@ -109,7 +109,7 @@ def plan(args: AttentionArguments) -> Plan:
         if not set(args.passes) & set(possible):
             raise ValueError(f"passes = {' '.join(args.passes)}: {name} has only {', '.join(possible)} here")
     passes = tuple(x for x in PASSES if x in args.passes)
-    return Plan(shapes, (*ours, *kept), passes, dtype, runs, remarks)
+    return Request(shapes, (*ours, *kept), passes, dtype, runs, remarks)
 
 
 def _shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:

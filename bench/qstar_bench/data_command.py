@@ -31,7 +31,7 @@ from qstar.demo import TINY_LM
 from qstar.option_checks import check_folder
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import TableArguments, WrongResultError, finish, machine
-from qstar_bench.report import plots
+from qstar_bench.report import run_plots
 
 TALK_LENGTH = 4
 POINTS = 10  # of a pass at which memory is looked at
@@ -39,7 +39,7 @@ SENTENCES, WORDS = 20_000, 20_000
 
 
 @dataclass(frozen=True)
-class Preset:
+class DataPreset:
     """MiB of text, in so many shards: a multiple of POINTS; characters of a window of the stream."""
 
     megabytes: float
@@ -47,7 +47,7 @@ class Preset:
     window: int = 2**20
 
 
-PRESETS = {"1gb": Preset(1024, 40), "small": Preset(64, 20), "smoke": Preset(0.6, 10, 2**11)}
+PRESETS = {"1gb": DataPreset(1024, 40), "small": DataPreset(64, 20), "smoke": DataPreset(0.6, 10, 2**11)}
 
 
 @dataclass
@@ -84,7 +84,7 @@ class DataBenchArguments:
         check_folder("plot", self.plot)
 
 
-def write_stream(folder: Path, preset: Preset, kind: str, tokenizer, progress: bool) -> int:
+def write_stream(folder: Path, preset: DataPreset, kind: str, tokenizer, progress: bool) -> int:
     """Writes the shards; gives the number of documents. Their lengths are log-normal, half of them under
     2,000 characters; a document is sentences from a pool, of the tokenizer's own words, the first the
     commonest."""
@@ -186,7 +186,7 @@ def going_on(make: Callable[[], RowStream], args: DataBenchArguments, found: Pas
 
 
 def row(
-    workers: int, found: Pass, resumed: float, documents: int, preset: Preset, span: int
+    workers: int, found: Pass, resumed: float, documents: int, preset: DataPreset, span: int
 ) -> dict[str, Any]:
     held = [memory / 2**20 for _, memory in found.memory]
     return {
@@ -238,5 +238,5 @@ def main(argv: list[str]) -> int:
     sizes = {"documents": documents, "tokens": found.tokens, "rows_a_pass": found.rows}
     document = finish("data", args, where, rows, output, memory_growth=growth, sizes=sizes, memory=memory)
     if args.plot is not None:
-        plots.save(plots.of_run(document), args.plot)
+        run_plots.save(run_plots.of_run(document), args.plot)
     return 0
