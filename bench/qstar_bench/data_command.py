@@ -85,7 +85,7 @@ class DataBenchArguments:
 
 
 def write_stream(folder: Path, preset: DataPreset, kind: str, tokenizer, progress: bool) -> int:
-    """Writes the shards; gives the number of documents. Their lengths are log-normal, half of them under
+    """Write the shards and return the number of documents. Their lengths are log-normal, half of them under
     2,000 characters; a document is sentences from a pool, of the tokenizer's own words, the first the
     commonest."""
     draw = np.random.default_rng(0)
@@ -120,15 +120,16 @@ def _write(path: Path, texts: list[str]) -> None:
 
 
 def held_bytes() -> int:
-    """Memory of this process and its workers, shared pages counted once (the proportional set size)."""
+    """Give the memory in bytes of this process and its workers, shared pages counted once (the proportional
+    set size)."""
     process = psutil.Process()
     return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
 
 
 @dataclass
 class Pass:
-    """What one pass over the data gave. memory: (share of the shards that is read, bytes held); marks: (the
-    share, the position of a batch, its bytes), and the time that looking at memory took is left out."""
+    """Hold what one pass over the data gave. memory: (share of the shards that is read, bytes held); marks:
+    (the share, the position of a batch, its bytes), and the time that looking at memory took is left out."""
 
     seconds: float = 0.0
     first_batch: float = 0.0
@@ -172,8 +173,8 @@ def one_pass(stream: RowStream, args: DataBenchArguments, progress: bool) -> Pas
 
 
 def going_on(make: Callable[[], RowStream], args: DataBenchArguments, found: Pass) -> float:
-    """Seconds from loading the position at 90 % of the data to the first batch there. Raises WrongResultError
-    where that batch, or the one of another mark, is not the one of the whole pass."""
+    """Measure the seconds from loading the position at 90 % of the data to the first batch there. Raises
+    WrongResultError where that batch, or the one of another mark, is not the one of the whole pass."""
     for share, state, content in (found.marks[0], found.marks[POINTS // 2], found.marks[-2]):
         stream = make()
         begun = time.perf_counter()

@@ -94,7 +94,7 @@ class GenerationBenchArguments:
 
 @torch.no_grad()
 def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
-    """The next token of ids [1, T], as the published code finds it: nothing is kept from the token before."""
+    """Find the next token of ids [1, T] as the published code does: nothing is kept from the token before."""
     T = ids.shape[1]
     hidden, text = model.thinker.read_text(ids, TextRows.from_batch(ids))
     base = logits(hidden[0], model.linear_head())
@@ -117,7 +117,7 @@ def recompute(model: QuietStarForCausalLM, ids: Tensor, k: int) -> int:
 
 @torch.no_grad()
 def threshold_of(model: QuietStarForCausalLM, ids: Tensor, share: float) -> float:
-    """The entropy (nats) of the base prediction that a share of the tokens of ids [1, T] exceeds."""
+    """Find the entropy (nats) of the base prediction that a share of the tokens of ids [1, T] exceeds."""
     hidden, _ = model.thinker.read_text(ids, TextRows.from_batch(ids))
     p = logits(hidden[0], model.linear_head()).softmax(-1)
     return float(torch.special.entr(p).sum(-1).quantile(1 - share))
@@ -185,7 +185,8 @@ def main(argv: list[str]) -> int:
 def checked_ways(
     model: QuietStarForCausalLM, ids: Tensor, args: GenerationBenchArguments, sizes: Sizes, bar: tqdm
 ) -> tuple[dict[str, Way], dict[str, Any]]:
-    """Every way and what it wrote, by name. Raises WrongResultError when they differ in a token."""
+    """Run every way once: ways and what they wrote, by name. Raises WrongResultError when they differ in a
+    token."""
     T, k, new = ids.shape[1], sizes.thought_length, sizes.new
     options = {"eos_token_id": None, "pad_token_id": 0, "thought_temperature": 0.0, "thought_length": k}
 
@@ -220,7 +221,8 @@ def checked_ways(
 
 
 def ratios(times: dict[str, list[float]], outputs: dict[str, Any], new: int) -> dict[str, float]:
-    """The run's figures: medians of the rounds' ratios, and what was drafted, accepted and thought."""
+    """Compute the run's figures: medians of the rounds' ratios, and what was drafted, accepted and
+    thought."""
     counts = outputs["speculative"].counts
 
     def ratio(above: str, below: str) -> float:

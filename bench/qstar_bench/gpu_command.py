@@ -1,4 +1,4 @@
-"""`qstar bench gpu`, run by `make gpu`: what a GPU can tell in ten minutes, as one JSON file and tables.
+"""`qstar bench gpu`, run by `make gpu`: GPU tests and benchmarks in ten minutes, as one JSON file and tables.
 
 First the GPU-marked tests, then the benchmarks and their memory, each in a process of its own with a share of
 the time; what fails or runs out of it is reported as that, and the rest still runs. Another measurement is
@@ -51,7 +51,7 @@ class GpuArguments:
 
 @dataclass(frozen=True)
 class Stage:
-    """One process: `python -m command`, and how many seconds it may take."""
+    """Run one process, `python -m command`, for at most so many seconds."""
 
     name: str
     command: list[str]
@@ -90,8 +90,8 @@ def _last_document(out: str) -> dict[str, Any] | None:
 
 
 def stages(rehearse: bool, folder: Path) -> list[Stage]:
-    """In order; together at most ten minutes. folder: has the tests' report, tests.xml, and the model that
-    generates, model/."""
+    """List the stages in order, together at most ten minutes. folder: holds the tests' report, tests.xml, and
+    the model that generates, model/."""
     tests = ["pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={folder / 'tests.xml'}"]
     if importlib.util.find_spec("xdist") and not rehearse:
         tests += ["-n", str(min(12, os.cpu_count() or 1))]  # what they wait for is the compiler
@@ -132,7 +132,7 @@ def _options(values: dict[str, Any]) -> list[str]:
 
 
 def write_model(folder: Path, sizes: dict[str, int]) -> None:
-    """A model that has learned nothing, with the embedded one's tokenizer: its speed is what is measured."""
+    """Write a model with random weights and the embedded model's tokenizer: only its speed is measured."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
     torch.manual_seed(0)
     MistralForCausalLM(
@@ -150,7 +150,7 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def counts(junit: Path) -> dict[str, Any]:
-    """passed, failed and skipped tests, and the names of those that failed, from pytest's own report."""
+    """Count passed, failed and skipped tests, and name those that failed, from pytest's report."""
     if not junit.exists():
         return {"passed": 0, "failed": 0, "skipped": 0, "names": []}
     cases = list(xml.parse(junit).getroot().iter("testcase"))
@@ -165,7 +165,7 @@ def counts(junit: Path) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]], tests: dict[str, Any], found: list[dict[str, Any]]) -> str:
-    """The tables: stages, tests, and of every bench its rows, attention's ratios and the single figures."""
+    """Print tables of stages and tests, and for each bench its rows, cases and single figures."""
     parts = [
         tables.table([row | {"failed": "failed" if row["failed"] else ""} for row in rows], digits=1),
         tables.table([{name: value for name, value in tests.items() if name != "names"}]),

@@ -99,8 +99,8 @@ EMBEDDED = "embedded"  # the demo's model, with its weights
 
 
 def base_config(model: str, layers: int | None = None) -> PreTrainedConfig:
-    """The config of a named shape, of the embedded model, or of a folder with a config.json, perhaps with
-    another number of layers. Raises ValueError for none of these."""
+    """Build the config of a named shape, of the embedded model, or of a folder with a config.json, perhaps
+    with another number of layers. Raises ValueError for none of these."""
     if model in SHAPES:
         options = dict(SHAPES[model])
         config = AutoConfig.for_model(options.pop("model_type"), **options)
@@ -118,7 +118,7 @@ def base_config(model: str, layers: int | None = None) -> PreTrainedConfig:
 
 
 def weights_of(model: str) -> Path | None:
-    """The folder with a model's weights, if it has any."""
+    """Give the folder with a model's weights, or None."""
     if model in SHAPES:
         return None
     folder = _folder(model)

@@ -1,4 +1,4 @@
-"""The floating-point operations that a training step needs: counted from the method, not from any code.
+"""Count the floating-point operations that a training step needs, from the method, not from any code.
 
 Legend: T tokens of a text, N = (T - 1) R thoughts (every position that predicts something), k sampled tokens,
 m talk tokens, L = k + m + 1 slots of a thought. A matrix product of a row with n weights is 2 n operations; a
@@ -42,7 +42,7 @@ class StepFlops:
 
 
 def _weights(model: QuietStarForCausalLM) -> int:
-    """Weights that every token is multiplied with inside the layers; of experts, those that it is sent to."""
+    """Count the weights that every token meets inside the layers; of experts, those that it is sent to."""
     config = model.base.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     share = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
@@ -60,8 +60,8 @@ def _weights(model: QuietStarForCausalLM) -> int:
 
 
 def step_flops(model: QuietStarForCausalLM, B: int, T: int) -> StepFlops:
-    """Of a batch of B texts of T tokens each, every position thinking; the model may be on `meta`. Sliding
-    windows are not deducted."""
+    """Count the operations for B texts of T tokens each, every position thinking; the model may be on `meta`.
+    Sliding windows are not deducted."""
     config, shape = model.quiet_star, model.base.config
     k, m, R, L = config.thought_length, config.talk_length, config.num_thoughts, config.slots
     N = (T - 1) * R

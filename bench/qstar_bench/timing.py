@@ -1,4 +1,4 @@
-"""The clock of every measurement."""
+"""Time every measurement."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from qstar_bench.torch_internals import RANGE_ENTER, RANGE_EXIT, TorchDispatchMode, keep_busy
 
 _Result = TypeVar("_Result")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AHEAD_CYCLES = 10_000_000  # some 5 ms, in which a call's launches queue up
 CACHE_BYTES = 256 << 20  # more than any GPU's last cache holds
 EMULATED_FLOPS = 2e9  # a core with instructions for a dtype does 20e9 or more
 
 
 def timed(run: Callable[[], _Result], device: str) -> tuple[float, _Result]:
-    """Wall-clock seconds of one call, the device waited for; and what it returned."""
+    """Give the wall-clock seconds of one call, device included, and what it returned."""
     if device != "cpu":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -30,8 +31,9 @@ def timed(run: Callable[[], _Result], device: str) -> tuple[float, _Result]:
 
 
 def kernel_seconds(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call's work. On a GPU: between two events on it, its caches flushed, the launches queued
-    while it is kept busy, so that Python's own time is no part of it; on a CPU the wall-clock time."""
+    """Measure the seconds of one call's work. On a GPU: between two events on it, its caches flushed, the
+    launches queued while it is kept busy, so that Python's own time is no part of it; on a CPU the wall-clock
+    time."""
     if device == "cpu":
         return timed(run, device)[0]
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -72,14 +74,14 @@ def _emulated(dtype: torch.dtype) -> bool:
 
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a `SquareProduct`, the best of a few."""
+    """Measure the FLOP/s of a `SquareProduct`, the best of a few."""
     product = SquareProduct(dtype, device)
     times = [kernel_seconds(product.run, device) for _ in range(6)]
     return product.flops / min(times[1:])
 
 
 class PhaseClock(TorchDispatchMode):
-    """Seconds of each outermost named range "qstar.X" that runs inside, by X, the device waited for at its
+    """Time each outermost named range "qstar.X" that runs inside, by X, the device waited for at its
     borders; and "other", the rest. Looks at every operator, so what it times is a step of its own."""
 
     def __init__(self, device: str):
@@ -114,6 +116,6 @@ class PhaseClock(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
     def _outermost(self) -> bool:
-        """The range entered last is one of ours, and no other of ours is around it."""
+        """Tell whether the range entered last is one of ours, and no other of ours is around it."""
         ours = [name.startswith("qstar.") for name in self._open]
         return ours[-1] and sum(ours) == 1

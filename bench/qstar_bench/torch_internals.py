@@ -10,32 +10,13 @@ from typing import Any
 import torch
 import torch.distributed.fsdp  # registers torch.ops.fsdp
 from torch import Tensor, distributed
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
-__all__ = [
-    "BY_MASK",
-    "COLLECTIVES",
-    "FSDP_GATHER",
-    "RANGE_ENTER",
-    "RANGE_EXIT",
-    "FakeTensor",
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "argument_names",
-    "dump_snapshot",
-    "fake_ranks",
-    "keep_busy",
-    "profiler_events",
-    "record_history",
-    "storage_key",
-    "tree_leaves",
-    "tree_map_only",
-    "without_modes",
-    "writes_to_first",
-]
 aten = torch.ops.aten
 # what torch.profiler.record_function calls; the first argument of the former is the range's name
 RANGE_ENTER = torch.ops.profiler._record_function_enter_new.default
@@ -50,7 +31,6 @@ BY_MASK = {
 # namespaces of the operators around which FSDP2 empties and refills the storages of gathered weights
 COLLECTIVES = ("fsdp", "c10d", "_c10d_functional")
 FSDP_GATHER = torch.ops.fsdp.split_with_sizes_copy.default  # writes gathered weights into its argument `out`
-without_modes = _disable_current_modes
 
 
 def storage_key(x: Tensor) -> int:

@@ -20,7 +20,7 @@ RUNS = 2
 
 
 def measure(code: Path, storage: Path, name: str, more: list[str]) -> None:
-    """One run of the suite on the packages in `code`. Raises CalledProcessError where a benchmark fails."""
+    """Run the suite once on the packages in `code`. Raises CalledProcessError where a benchmark fails."""
     path = os.pathsep.join(str(code / folder) for folder in (".", "kernels", "bench"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE)]
     command += [f"--benchmark-storage={storage}", f"--benchmark-save={name}", "--benchmark-quiet", *more]
@@ -30,7 +30,7 @@ def measure(code: Path, storage: Path, name: str, more: list[str]) -> None:
 
 
 def compare(storage: Path) -> None:
-    """The table of all runs, the median of each benchmark beside the fastest."""
+    """Print the table of all runs, the median of each benchmark beside the fastest."""
     command = [sys.executable, "-m", "pytest_benchmark", "--storage", str(storage), "compare"]
     command += ["--group-by=name", "--sort=name", "--columns=median,iqr,rounds", "--name=normal"]
     subprocess.run(command, check=True)

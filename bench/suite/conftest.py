@@ -1,4 +1,4 @@
-"""Which code is measured: PYTHONPATH may point to another version of it than the one around this folder."""
+"""Check which code is measured: PYTHONPATH may point to another version than the one around this folder."""
 
 import os
 from pathlib import Path

@@ -28,7 +28,7 @@ def test_forward(benchmark, T):
 
 @pytest.mark.parametrize("T", SIZES)
 def test_backward(benchmark, T):
-    """The backward pass alone; its forward is made before."""
+    """Time the backward pass alone; its forward is made before."""
     *leaves, prefix_end = operands(T, grad=True)
     out = thought_attention(*leaves, prefix_end)[0]
     d_out = torch.ones_like(out)
@@ -38,5 +38,5 @@ def test_backward(benchmark, T):
 @pytest.mark.parametrize("T", SIZES)
 @torch.no_grad()
 def test_sampling(benchmark, T):
-    """One query slot of every block over the prefix and L own keys."""
+    """Time one query slot of every block over the prefix and L own keys."""
     benchmark(thought_attention, *operands(T, queries=1))

@@ -26,7 +26,7 @@ from qstar.reporting import tables
 
 
 class WrongResultError(ValueError):
-    """Say that what is measured computes a wrong result, so that no figure is shown. A ValueError, because the
+    """Say that what is measured computes a wrong result: no figure is shown. A ValueError, because the
     command line reports those in one line."""
 
 
@@ -69,7 +69,7 @@ def check_device(device: str) -> None:
 
 
 def machine(device: str, **more: Any) -> dict[str, Any]:
-    """Give what every figure depends on: device ("cpu" or "cuda"), threads, versions and commit; and `more`."""
+    """Give what every figure depends on: device ("cpu" or "cuda"), threads, versions, commit, and `more`."""
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device != "cpu" else f"cpu ({_processor()})",
         "threads": torch.get_num_threads(),

@@ -1,4 +1,5 @@
-"""Whether a candidate of `qstar bench attention` computes what it should: looked at before a time is told."""
+"""Check that each candidate of `qstar bench attention` computes the right result, before any time is
+shown."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from qstar_bench.attention.candidates import Way
 
 
 class Judge:
-    """The truth of a problem in fp64, and the error of the dense mask in the operands' own dtype."""
+    """Hold the truth of a problem in fp64, and the error of the dense mask in the operands' own dtype."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -19,7 +20,7 @@ class Judge:
         self.naive: dict[bool, dict[str, float]] = {}
 
     def check(self, name: str, way: Way, passes: tuple[str, ...]) -> dict[str, float]:
-        """For each pass the largest error of its outputs and gradients on `problem.some` blocks.
+        """Give for each pass the largest error of its outputs and gradients on `problem.some` blocks.
 
         Raises WrongResultError when an output errs more than twice, a gradient more than three times as much
         as the dense mask in the same dtype, plus 1e-5 (flash-attention's rule). A way with `rounds_sums` may
@@ -44,7 +45,7 @@ class Judge:
         return errors
 
     def _with_gradients(self, way: Way) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """With d_out zero outside `some`: then they alone make the prefix's gradients."""
+        """Run with d_out zero outside `some`, so that they alone make the prefix's gradients."""
         p = self.problem
         d_out = torch.zeros_like(p.d_out)
         d_out[:, p.some] = p.d_out[:, p.some]
@@ -71,7 +72,7 @@ class Judge:
         return worst
 
     def _rounded_sum(self, truth: Tensor) -> float:
-        """The error that is to be expected of a key's gradient when each partial sum over the query rows that
+        """Estimate the error of a key's gradient when each partial sum over the query rows that
         see it is rounded: half an epsilon of its size, the square root of the terms times."""
         s, dtype = self.problem.shape, self.problem.q.dtype
         terms = len(self.problem.some) * s.L * s.Hq // s.Hkv  # all others are zero, which rounds nothing

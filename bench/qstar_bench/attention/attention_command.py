@@ -23,12 +23,12 @@ from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar.reporting.profiling import traced
 from qstar_bench.attention.attention_check import Judge
 from qstar_bench.attention.attention_problem import Problem, Shape
-from qstar_bench.attention.attention_request import PRESETS, AttentionArguments, Request, plan
+from qstar_bench.attention.attention_request import AttentionArguments, Request, plan
 from qstar_bench.attention.candidates import Candidate, can, candidates, way
 from qstar_bench.memory.memory_peaks import peak_bytes
+from qstar_bench.report import run_plots
 from qstar_bench.timing import SquareProduct, kernel_seconds, matmul_flops, timed
 
-__all__ = ["PRESETS", "AttentionArguments", "main"]
 SLOW_SECONDS = 10.0  # a candidate whose calls took longer than this in all gets no more of them
 NEEDED = ("ours", "causal")  # but these two: the ratio of theirs is the first figure that is asked for
 MATMUL = ("matmul", "product")
@@ -37,7 +37,7 @@ Key = tuple[str, str]
 
 @dataclass
 class Case:
-    """One shape's measurement: candidates by (name, pass), and what was found of each."""
+    """Hold the measurement of one shape: candidates and their figures by (name, pass)."""
 
     shape: Shape
     runs: dict[Key, Candidate] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Case:
     q_bytes: int = 0
 
     def ratio(self, above: Key, below: Key) -> float | None:
-        """The median ratio of times; None where one of the two was not measured."""
+        """Give the median ratio of times; None where one of the two was not measured."""
         if not (self.times.get(above) and self.times.get(below)):
             return None
         return statistics.median(a / b for a, b in zip(self.times[above], self.times[below]))
@@ -58,7 +58,8 @@ class Case:
 
 
 def measure(shape: Shape, args: AttentionArguments, chosen: Request, bar: tqdm) -> Case:
-    """Times and memory of every candidate and pass. Raises WrongResultError before any time is known."""
+    """Measure time and memory of every candidate and pass. Raises WrongResultError before any time is
+    known."""
     problem = Problem(shape, chosen.dtype, args.device)
     judge = Judge(problem)
     product = SquareProduct(chosen.dtype, args.device)
@@ -96,8 +97,8 @@ def measure(shape: Shape, args: AttentionArguments, chosen: Request, bar: tqdm) 
 
 
 def rows(case: Case, args: AttentionArguments) -> list[dict]:
-    """The table's rows: one for each candidate and pass. "error * 1e6" is the largest of the output or the
-    gradients on some blocks; "of matmul %" the share of the ceiling's FLOP/s."""
+    """Make the table's rows, one for each candidate and pass. "error * 1e6" is the largest of the output or
+    the gradients on some blocks; "of matmul %" the share of the ceiling's FLOP/s."""
 
     def scaled(x: float | None, factor: float) -> float | None:
         return None if x is None else factor * x
@@ -133,7 +134,8 @@ def rows(case: Case, args: AttentionArguments) -> list[dict]:
 
 
 def ratios(case: Case) -> dict:
-    """Ours beside the baselines, None where one was not measured; memory is that of forward and backward."""
+    """Compare ours with the baselines, None where one was not measured; memory is that of forward and
+    backward."""
     both, forward, sampling = ("ours", "both"), ("ours", "forward"), ("ours", "sampling")
     return {
         **asdict(case.shape),
@@ -149,7 +151,7 @@ def ratios(case: Case) -> dict:
 
 
 def trace(path: str, cases: list[Case]) -> None:
-    """One call of every candidate in a range of its name; a backward's graph is made outside of it."""
+    """Trace one call of every candidate in a range of its name; a backward's graph is made outside of it."""
     with traced(path):
         for case in cases:
             for (name, what), candidate in case.runs.items():
@@ -194,23 +196,19 @@ def main(argv: list[str]) -> int:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Milliseconds and peak memory of our forward + backward over the number of slots, a line for each T."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    both = [row for row in rows if (row["candidate"], row["pass"]) == ("ours", "both")]
-    for axis, key, label in zip(axes, ("median ms", "memory MiB"), ("ms", "peak extra memory, MiB")):
-        for T in dict.fromkeys(row["T"] for row in both):
-            points = [(row["N"] * row["L"], row[key]) for row in both if row["T"] == T]
-            axis.plot(*zip(*points), marker="o", label=f"T {T}")
-        axis.set_title(f"forward + backward: {label}")
-        axis.set_xlabel("slots N * L")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    """Draw milliseconds and peak memory of our forward + backward over the number of slots, a line for each
+    T."""
+    with run_plots.style("black") as pyplot:
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        both = [row for row in rows if (row["candidate"], row["pass"]) == ("ours", "both")]
+        for axis, key, label in zip(axes, ("median ms", "memory MiB"), ("ms", "peak extra memory, MiB")):
+            for T in dict.fromkeys(row["T"] for row in both):
+                points = [(row["N"] * row["L"], row[key]) for row in both if row["T"] == T]
+                axis.plot(*zip(*points), marker="o", label=f"T {T}")
+            axis.set_title(f"forward + backward: {label}")
+            axis.set_xlabel("slots N * L")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.legend()
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)

@@ -39,18 +39,19 @@ class Shape:
         return self.T * self.R
 
     def cells(self, what: str = "both") -> tuple[float, float]:
-        """Query-key pairs of one query head that a pass needs: over the prefix, and over the own slots."""
+        """Count the query-key pairs that a pass needs for one query head: over the prefix, and over the own
+        slots."""
         if what == "sampling":
             return self.N * (self.T + 1) / 2, float(self.N * self.L)
         return self.N * self.L * (self.T + 1) / 2, self.N * self.L * (self.L + 1) / 2
 
     def flops(self, what: str, own: bool = True) -> float:
-        """FLOPs of a pass: of the visible cells alone, whatever the implementation computes beside them."""
+        """Count the FLOPs of a pass: only of visible cells, whatever else an implementation computes."""
         prefix, own_cells = self.cells(what)
         return PRODUCTS[what] * 2 * self.Hq * self.D * (prefix + own * own_cells)
 
     def bytes(self, what: str, itemsize: int) -> float:
-        """Bytes of a pass in which each operand and result moves once (lse in fp32)."""
+        """Count the bytes of a pass in which each operand and result moves once (lse in fp32)."""
         slots = self.N if what == "sampling" else self.N * self.L
         q, lse = slots * self.Hq * self.D * itemsize, 4 * slots * self.Hq
         keys = 2 * (self.N * self.L + self.T) * self.Hkv * self.D * itemsize
@@ -58,7 +59,7 @@ class Shape:
         return {"backward": backward, "both": forward + backward}.get(what, forward)
 
     def card(self, itemsize: int) -> dict[str, float]:
-        """What is known before any measurement; cells are of one query head."""
+        """Give the costs known before any measurement; cells are those of one query head."""
         needed, dense = sum(self.cells()), self.N * self.L * (self.T + self.N * self.L)
         costs = {f"{what} GFLOP": self.flops(what) / 1e9 for what in ("forward", "backward", "sampling")}
         moved = {f"{what} MB": self.bytes(what, itemsize) / 1e6 for what in ("forward", "backward")}
@@ -68,7 +69,8 @@ class Shape:
 
 
 class Problem:
-    """Random operands of a shape, of one row: q, k, v [1, N, L, H, D]; k_prefix, v_prefix [1, T, Hkv, D].
+    """Make random operands of a shape, for one row: q, k, v [1, N, L, H, D]; k_prefix, v_prefix [1, T, Hkv,
+    D].
 
     `some` [n] are blocks by which implementations are judged: spread over the row, each with a neighbour.
     """
@@ -112,7 +114,8 @@ class Problem:
 
 
 def _operator(leaves: dict[str, Tensor], end: Tensor) -> Tensor:
-    """One key-value head at a time: the definition holds the keys once for every block and query head."""
+    """Compute one key-value head at a time: the definition holds the keys once for every block and query
+    head."""
     heads = []
     queries = leaves["q"].unflatten(3, (leaves["k"].shape[3], -1))
     for h in range(leaves["k"].shape[3]):

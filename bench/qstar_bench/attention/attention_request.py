@@ -1,4 +1,4 @@
-"""What `qstar bench attention` was asked for: shapes, candidates and passes, checked before anything is
+"""Check the shapes, candidates and passes of `qstar bench attention` before anything is
 measured."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from qstar_kernels import cpu_native, resolve_impl
 from qstar.reporting.benchmark_record import check_device
 from qstar_bench.attention.attention_problem import PASSES, Shape
 from qstar_bench.attention.candidates import BASELINES, can, impl_of
+from qstar_bench.timing import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = Shape(T=256, L=14, R=1, Hq=8, Hkv=2, D=64)
 MISTRAL = Shape(T=256, L=14, R=1, Hq=32, Hkv=8, D=128)  # of Mistral-7B, the paper's model
 # name: (shapes, baselines)
@@ -70,7 +70,8 @@ class Request:
 
 
 def plan(args: AttentionArguments) -> Request:
-    """Raises ValueError for a name that is none, a size that cannot be, and what cannot run here."""
+    """Turn the arguments into a request. Raises ValueError for an unknown name, a bad size, and what cannot
+    run here."""
     names: list[tuple[str, str, Iterable[str]]] = [
         ("preset", args.preset or "cpu-small", PRESETS),
         ("dtype", args.dtype, DTYPES),
@@ -128,7 +129,7 @@ def _shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:
 
 
 def _why_not(name: str, args: AttentionArguments, dtype: torch.dtype, shapes: list[Shape]) -> str | None:
-    """Why a baseline cannot run, or None when it can."""
+    """Tell why a baseline is unsupported here, or None."""
     if name not in ("flex", "flash"):
         return None
     try:
@@ -140,7 +141,7 @@ def _why_not(name: str, args: AttentionArguments, dtype: torch.dtype, shapes: li
 
 
 def _what_runs(impl: str, device: str, dtype: torch.dtype, shapes: list[Shape]) -> tuple[str, bool]:
-    """What computes `impl` for these shapes, and whether that is a slow way. Raises ValueError for one that
+    """Tell what computes `impl` for these shapes, and whether that is slow. Raises ValueError for one that
     cannot."""
     found = {resolve_impl(impl, device, dtype, shape.D) for shape in shapes}
     if found == {"cpu"}:

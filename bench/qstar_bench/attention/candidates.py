@@ -1,4 +1,4 @@
-"""What `qstar bench attention` runs: implementations of our operator, and the baselines on the same queries.
+"""Define what `qstar bench attention` runs: our operator's implementations and baselines on the same queries.
 
 - ours: the operator with the first `--impl`; impl=NAME: with each further one.
 - causal: plain causal attention of the same queries over the prefix alone, the slots folded into the query
@@ -26,7 +26,7 @@ BASELINES = ("causal", "dense", "flex", "flash")
 
 
 class Way:
-    """A way to compute a problem's attention, in a layout of its own.
+    """Compute a problem's attention in a layout of its own.
 
     own: whether the blocks' own slots are part of it; rounds_sums: whether the gradients of keys come from
     torch's kernels, some of which (those for CPUs) sum them over rows and heads in a low precision; leaves:
@@ -41,24 +41,24 @@ class Way:
         self.leaves: dict[str, Tensor] = problem.leaves
 
     def forward(self) -> Tensor:
-        """The output, in the layout of `fold`."""
+        """Give the output, in the layout of `fold`."""
         raise NotImplementedError
 
     def sampling(self) -> Tensor:
-        """One query slot of every block, the last: [1, N, 1, Hq, D] in the layout of `fold`."""
+        """Give the output of the last query slot of every block: [1, N, 1, Hq, D] in the layout of `fold`."""
         raise NotImplementedError
 
     def fold(self, x: Tensor) -> Tensor:
-        """x [1, N, slots, Hq, D] in this way's layout of queries."""
+        """Bring x [1, N, slots, Hq, D] into this way's layout of queries."""
         return x
 
     def unfold(self, name: str, x: Tensor) -> Tensor:
-        """An output or the gradient of the leaf `name` in the problem's layout."""
+        """Bring an output, or the gradient of the leaf `name`, into the problem's layout."""
         return x
 
 
 class Operator(Way):
-    """`thought_attention` with one of its implementations."""
+    """Call `thought_attention` with one of its implementations."""
 
     def __init__(self, problem: Problem, impl: str):
         super().__init__(problem)
@@ -76,7 +76,8 @@ class Operator(Way):
 
 
 class Causal(Way):
-    """Square causal attention: row t of a group's head g * R * L + (r, i) is slot i of the r-th block at t.
+    """Compute square causal attention: row t of a group's head g * R * L + (r, i) is slot i of the r-th block
+    at t.
 
     The operands are laid out so before any timing: the baseline pays for no copy.
     """
@@ -115,7 +116,7 @@ class Causal(Way):
 
 
 class _Rows(Way):
-    """All slots as rows of one attention over [prefix | all own slots]."""
+    """Lay out all slots as rows of one attention over [prefix | all own slots]."""
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """q [1, Hq, N * L, D]; keys and values [1, Hkv, T + N * L, D]."""
@@ -131,7 +132,7 @@ class _Rows(Way):
 
 
 class Dense(_Rows):
-    """The mask is made when it is first used: at T 1,024 it takes 220 MB."""
+    """Attend under one dense mask, made at its first use: at T 1,024 it takes 220 MB."""
 
     mask: Tensor | None = None
 
@@ -147,7 +148,7 @@ class Dense(_Rows):
 
 
 class Flex(_Rows):
-    """Compiled, so that on a GPU neither the mask nor the scores are ever held."""
+    """Attend by compiled FlexAttention, which on a GPU holds neither the mask nor the scores."""
 
     def __init__(self, problem: Problem):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -172,19 +173,19 @@ class Flex(_Rows):
 
 
 def way(problem: Problem, name: str, impl: str) -> Way:
-    """The way of that name; impl: what `ours` runs."""
+    """Build the way of that name; impl: what `ours` runs."""
     if name in ("causal", "dense", "flex"):
         return {"causal": Causal, "dense": Dense, "flex": Flex}[name](problem)
     return Operator(problem, impl_of(name, impl))
 
 
 def impl_of(name: str, impl: str) -> str:
-    """What `thought_attention` is told for the candidate of that name, `impl` being what ours runs."""
+    """Give the `impl` of `thought_attention` for a candidate; impl: what ours runs."""
     return impl if name == "ours" else name.removeprefix("impl=")
 
 
 def can(name: str, impl: str, device: str) -> tuple[str, ...]:
-    """The passes that a candidate has."""
+    """List the passes that a candidate has."""
     training = ("forward", "backward", "both")
     if name == "causal":
         return (*training, "sampling")
@@ -198,7 +199,7 @@ def can(name: str, impl: str, device: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed: run(prepare()), of which only run; name: the way's, what: the pass."""
+    """Hold what is timed: run(prepare()), of which only run; name: the way's, what: the pass."""
 
     name: str
     what: str
@@ -208,8 +209,8 @@ class Candidate:
 
 
 def candidates(name: str, one: Way, passes: tuple[str, ...]) -> Iterator[Candidate]:
-    """A way's passes. d_out is given, so that nothing but the pass is timed; the backward's graph is made
-    before its clock runs."""
+    """Yield a way's passes. d_out is given, so that nothing but the pass is timed; the backward's graph is
+    made before its clock runs."""
     leaves, d_out = tuple(one.leaves.values()), one.fold(one.problem.d_out)
 
     def without_gradient(forward: Callable[[], Tensor], _: None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training step without its numbers: what it allocates, when, and what for.
+"""Run a training step without its numbers: record what it allocates, when, and what for.
 
 `Tracker` is a TorchDispatchMode under which new floating tensors are fake (torch's FakeTensorMode: shapes and
 dtypes, no memory), and so is all that is computed from them, while integer and bool tensors are real: the
@@ -47,7 +47,7 @@ STEP_PHASES = (*PHASES, BACKWARD, OPTIMISER)
 
 @dataclass(frozen=True)
 class KnownOperator:
-    """What the shapes of an operator's results do not say.
+    """State what the shapes of an operator's results do not say.
 
     workspace: of those of its arguments that this function names, by their names -> bytes held besides the
     results while it runs; keys_values: its arguments that are K/V; keeps: whether its backward reads its
@@ -61,9 +61,9 @@ class KnownOperator:
 
 @dataclass
 class Storage:
-    """One allocation. born and died count events (died None: there at the end); range: the number and name of
-    the innermost named range it was made in, number 0 between two; category: None where only its lifetime
-    tells (see planned_step.py)."""
+    """Describe one allocation. born and died count events (died None: there at the end); range: the number
+    and name of the innermost named range it was made in, number 0 between two; category: None where only its
+    lifetime tells (see planned_step.py)."""
 
     nbytes: int
     born: int
@@ -74,8 +74,8 @@ class Storage:
 
 @dataclass
 class Log:
-    """Every allocation of a step; (event, name) at which each phase began, in order; and the event at which
-    each named range, by its number, ended."""
+    """Collect every allocation of a step; (event, name) at which each phase began, in order; and the event at
+    which each named range, by its number, ended."""
 
     storages: list[Storage] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)
@@ -84,8 +84,9 @@ class Log:
 
 
 class Tracker(TorchDispatchMode):
-    """See above. one_in: of so many elements of a mask made from fake numbers one is True; operators: what is
-    known of operators beyond their results; round_to: every allocation is a multiple of so many bytes.
+    """Track allocations, as said above. one_in: of so many elements of a mask made from fake numbers one is
+    True; operators: what is known of operators beyond their results; round_to: every allocation is a multiple
+    of so many bytes.
 
     head_shape, set once it is known, is that of the head's weight [V, D]: floating tensors [..., V] are
     logits, and [V, D] that are no parameters sums of its gradient.
@@ -205,7 +206,7 @@ class Tracker(TorchDispatchMode):
         self.log.events += 1
 
     def _measure_again(self) -> None:
-        """Of gathered weights, whose storages are resized in place: an allocation each time."""
+        """Log gathered weights again: FSDP resizes their storages in place, an allocation each time."""
         for key, reference in self._gathered.items():
             known, storage = self._alive[key], reference()
             nbytes = self._rounded(storage.nbytes())  # type: ignore[union-attr]
@@ -255,12 +256,13 @@ class Tracker(TorchDispatchMode):
 
 
 def _writes_to_real(func, args) -> bool:
-    """Whether an operator would write fake numbers into a real tensor."""
+    """Tell whether an operator would write fake numbers into a real tensor."""
     return writes_to_first(func) and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor)
 
 
 def _without_masks(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The same places by integers: how many a fake mask would choose is unknown, and of a real one known."""
+    """Give the same places as integers, because the number of elements that a fake mask chooses is
+    unknown."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool:

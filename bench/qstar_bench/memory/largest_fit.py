@@ -1,4 +1,4 @@
-"""What fits on a card: the largest T, batch, k and R, each alone, and the block chunk.
+"""Find what fits on a card: the largest T, batch, k and R, each alone, and the block chunk.
 
 Plans of one and of two layers give the peak of any number of layers, which grows by the same with each: an
 estimate, by which the answer is searched. The answer itself is planned in full.
@@ -25,7 +25,8 @@ OPTIONS = ("block_chunk", "tokens", "batch", "thought_length", "num_thoughts")
 
 
 def estimate(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int = 1) -> float:
-    """Peak bytes: of each phase by a straight line through two small plans, then the highest phase's."""
+    """Estimate peak bytes: of each phase by a straight line through two small plans, then the highest
+    phase's."""
     layers = base_config(args.model).num_hidden_layers
     few, more = FEW_LAYERS
     if layers <= more:
@@ -38,7 +39,7 @@ def estimate(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int = 1
 
 
 def largest(peak: Callable[[int], float], room: float, values: range, begin: int) -> int | None:
-    """The largest of the values whose peak is within the room, or None; the peak must grow with them.
+    """Find the largest value whose peak is within the room, or None; the peak must grow with the value.
 
     Searched from `begin` on by the straight line through the last two peaks, which is nearly always the peak.
     """

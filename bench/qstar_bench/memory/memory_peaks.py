@@ -1,4 +1,4 @@
-"""Memory that is really held: the peak of a call, and that of a step by its named phases.
+"""Measure the memory really held: the peak of a call, and of a step by its named phases.
 
 Both come from the log of torch's allocators (kineto's profile_memory), which sees every allocation and
 release, inside operators and custom ones too, on a CPU and on a GPU.
@@ -28,7 +28,7 @@ RANGES = "qstar."  # what their names begin with
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """Bytes that one call holds at most beside what was there before: its results included."""
+    """Measure the most bytes that one call holds beside what was there before, its results included."""
     if device == "cpu":
         return _cpu_peak_bytes(run)
     torch.cuda.synchronize()
@@ -41,7 +41,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def resident_peak_bytes() -> int:
-    """The most memory that this process has held so far, libraries included."""
+    """Give the most bytes of memory that this process has held so far, libraries included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
@@ -67,7 +67,7 @@ def _held(log: profile, device: str) -> list[tuple[int, int]]:
 
 @dataclass
 class MeasuredMemory:
-    """What `memory_snapshot` found, filled in when it ends.
+    """Hold what `memory_snapshot` found; filled in when it ends.
 
     before: bytes of tensors that were there already; phases: the most bytes of tensors in each named range,
     of nested ones the outermost, what runs between two belonging to the former; resident: the same of the
@@ -85,7 +85,7 @@ class MeasuredMemory:
 
 
 def check_snapshot(path: str | os.PathLike | None, device: str) -> None:
-    """Raises ValueError for a snapshot that `memory_snapshot` could not write."""
+    """Check a snapshot's path. Raises ValueError if `memory_snapshot` could not write it."""
     if path is None:
         return
     if device == "cpu":
@@ -148,7 +148,7 @@ def _outermost(log: profile) -> list[tuple[int, str]]:
 
 
 def _highest(points: list[tuple[int, int]], begun: list[tuple[int, str]]) -> dict[str, int]:
-    """The largest value of each phase, from (nanoseconds, value) in order."""
+    """Find the largest value of each phase, from (nanoseconds, value) in order."""
     found = dict.fromkeys((name for _, name in begun), 0)
     starts = [start for start, _ in begun]
     for at, value in points:
@@ -161,7 +161,7 @@ def _highest(points: list[tuple[int, int]], begun: list[tuple[int, str]]) -> dic
 
 @contextmanager
 def _resident_memory(samples: list[tuple[int, int]]) -> Iterator[None]:
-    """Adds (nanoseconds, bytes) of this process every SAMPLE_SECONDS, by a thread: what lives shorter may be
+    """Add (nanoseconds, bytes) of this process every SAMPLE_SECONDS, in a thread: what lives shorter may be
     missed. Needs /proc, so Linux; elsewhere the samples stay empty."""
     status = Path("/proc/self/statm")
     if not status.exists():

@@ -17,6 +17,7 @@ from qstar_bench.memory.allocation_tracker import STEP_PHASES
 from qstar_bench.memory.largest_fit import OPTIONS, USABLE, fit
 from qstar_bench.memory.planned_step import CATEGORIES, MemoryPlan, Timeline, assumptions, describe, plan
 from qstar_bench.memory.step_setup import MemoryStepArguments
+from qstar_bench.report import run_plots
 
 MOMENTS = 2000  # that are drawn: the highest of each stretch of events
 
@@ -43,7 +44,8 @@ class PlanArguments:
 
 
 def rows_of(found: MemoryPlan) -> list[dict[str, Any]]:
-    """The highest moment of each phase, and of all: total and categories, in GiB, or MiB for small ones."""
+    """Show the highest moment of each phase, and of all: total and categories, in GiB, or MiB for small
+    ones."""
     unit, size = ("GiB", 2**30) if found.peak_bytes > 4 * 2**30 else ("MiB", 2**20)
     moments = found.phases | {f"peak (in {found.timeline.phase_of_peak()})": found.peak}
     return [
@@ -54,34 +56,30 @@ def rows_of(found: MemoryPlan) -> list[dict[str, Any]]:
 
 
 def save_plot(timeline: Timeline, title: str, path: str) -> None:
-    """Memory over the events of the step, stacked by category, with its phases marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    stretches = np.array_split(np.arange(len(timeline.phase)), min(MOMENTS, len(timeline.phase)))
-    shown = np.array([stretch[timeline.total[stretch].argmax()] for stretch in stretches])
-    figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
-    axis.stackplot(shown, timeline.bytes[shown].T / 2**30, labels=CATEGORIES, linewidth=0)
-    begun = [0, *(np.flatnonzero(np.diff(timeline.phase)) + 1)]
-    top = timeline.total.max() / 2**30
-    heights = 1.03, 1.09  # by turns, as some phases are short
-    for i, event in enumerate(begun):
-        axis.axvline(event, color="black", linewidth=0.5)
-        if len(begun) <= 2 * len(STEP_PHASES):  # with many chunks their names would cover one another
-            name = STEP_PHASES[timeline.phase[event]].removeprefix("qstar.")
-            axis.text(event, heights[i % 2] * top, f" {name}", fontsize=8)
-    axis.set(
-        xlabel="allocations and releases",
-        ylabel="GiB",
-        xlim=(0, shown[-1]),
-        ylim=(0, 1.15 * top),
-        title=title,
-    )
-    axis.legend(loc="lower right", fontsize=8, reverse=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    """Draw memory over the events of the step, stacked by category, with its phases marked."""
+    with run_plots.style("black") as pyplot:
+        stretches = np.array_split(np.arange(len(timeline.phase)), min(MOMENTS, len(timeline.phase)))
+        shown = np.array([stretch[timeline.total[stretch].argmax()] for stretch in stretches])
+        figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
+        axis.stackplot(shown, timeline.bytes[shown].T / 2**30, labels=CATEGORIES, linewidth=0)
+        begun = [0, *(np.flatnonzero(np.diff(timeline.phase)) + 1)]
+        top = timeline.total.max() / 2**30
+        heights = 1.03, 1.09  # by turns, as some phases are short
+        for i, event in enumerate(begun):
+            axis.axvline(event, color="black", linewidth=0.5)
+            if len(begun) <= 2 * len(STEP_PHASES):  # with many chunks their names would cover one another
+                name = STEP_PHASES[timeline.phase[event]].removeprefix("qstar.")
+                axis.text(event, heights[i % 2] * top, f" {name}", fontsize=8)
+        axis.set(
+            xlabel="allocations and releases",
+            ylabel="GiB",
+            xlim=(0, shown[-1]),
+            ylim=(0, 1.15 * top),
+            title=title,
+        )
+        axis.legend(loc="lower right", fontsize=8, reverse=True)
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
 
 
 def main(argv: list[str]) -> int:

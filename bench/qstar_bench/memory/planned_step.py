@@ -1,4 +1,4 @@
-"""What a training step needs, found without weights and without a GPU: a plan, by category and by phase."""
+"""Plan the memory of a training step, by category and phase, without weights and without a GPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Timeline:
         return self.bytes.sum(1)
 
     def peak(self, phase: str | None = None) -> dict[str, int]:
-        """Bytes by category at the highest moment, of a phase or of all."""
+        """Give bytes by category at the highest moment, of a phase or of all."""
         inside = np.ones(len(self.phase), bool) if phase is None else self.phase == STEP_PHASES.index(phase)
         if not inside.any():
             return dict.fromkeys(CATEGORIES, 0)
@@ -93,7 +93,7 @@ class MemoryPlan:
 def plan(
     args: MemoryStepArguments, thinking: QuietStarConfig, layers: int | None = None, gpus: int = 1
 ) -> MemoryPlan:
-    """The plan of the CPU's memory, or that of each of `gpus` GPUs under FSDP2 (`shard`).
+    """Plan the memory of the CPU, or of each of `gpus` GPUs under FSDP2 (`shard`).
 
     layers: instead of the config's own. Raises ValueError for sizes that the step itself would refuse.
     """
@@ -129,15 +129,16 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _planned(attention: str) -> str:
-    """Fake tensors are on the CPU; which kernels are planned is said by `_operators`."""
+    """Choose the attention to run: fake tensors are on the CPU, `_operators` says which kernels are
+    planned."""
     if attention not in ("auto", "cpu", "triton", "reference"):
         raise ValueError(f"attention = {attention!r}: must be auto, cpu, triton or reference for a plan")
     return "reference" if attention == "reference" else "auto"
 
 
 def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None:
-    """FSDP2 over the layers and, as the root, all else. Layers compute in bf16 unless the precision is fp32,
-    and gradients are reduced in fp32. In bf16 the new parts, which stay in fp32, are on every rank."""
+    """Shard by FSDP2 the layers and, as the root, all else. Layers compute in bf16 unless the precision is
+    fp32, and gradients are reduced in fp32. In bf16 the new parts, which stay in fp32, are on every rank."""
     mesh = init_device_mesh("cpu", (gpus,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in text_body(model.base).layers:  # type: ignore[union-attr]
@@ -149,7 +150,7 @@ def shard(model: QuietStarForCausalLM, gpus: int, precision: str | None) -> None
 def _few_chunks(
     args: MemoryStepArguments, thinking: QuietStarConfig
 ) -> tuple[QuietStarConfig, tuple[int, int] | None]:
-    """With block chunks: think at as many positions as PLANNED_CHUNKS hold."""
+    """Think, with block chunks, at as many positions as PLANNED_CHUNKS hold."""
     each = thinking.chunk_positions
     if each is None:
         return thinking, None
@@ -164,7 +165,8 @@ def _few_chunks(
 
 
 def _operators(device: str | None) -> dict[Any, KnownOperator]:
-    """Fake tensors are always on the CPU, so the CPU's operators are called; on a GPU Triton's would be."""
+    """Describe the CPU's operators, which fake tensors call, with the figures of Triton's if planned for a
+    GPU."""
     forward: Any = workspace.cpu_forward
     backward: Any = workspace.cpu_backward
     if device == "cuda":
@@ -179,7 +181,7 @@ def _operators(device: str | None) -> dict[Any, KnownOperator]:
 
 
 def _category(storage: Storage, log: Log) -> str:
-    """What is freed in the named range that it was made in is temporary; what outlives it is kept."""
+    """Categorise an allocation: freed in the named range that made it, it is temporary, otherwise kept."""
     if storage.category is not None:
         return "parameters" if storage.category == "casts" else storage.category
     number, name = storage.range
@@ -206,7 +208,7 @@ def _timeline(log: Log, began: int) -> Timeline:
 
 
 def describe(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int, parameters: int) -> str:
-    """The step, in words."""
+    """Describe the step in words."""
     where = f"one of {gpus} GPUs under FSDP2" if gpus > 1 else args.device
     ways = "gradient checkpointing, " if args.gradient_checkpointing else ""
     at_once = thinking.chunk_positions
@@ -219,7 +221,7 @@ def describe(args: MemoryStepArguments, thinking: QuietStarConfig, gpus: int, pa
 
 
 def assumptions(args: MemoryStepArguments, found: MemoryPlan) -> str:
-    """What the figures of a plan rest on."""
+    """State the assumptions behind the figures of a plan."""
     gpu = f"Triton's kernels with the tiles of {CHIP.name}, the CPU's choice of all other operators"
     kernels = gpu if args.device == "cuda" else "this machine's kernels"
     chunks = ""

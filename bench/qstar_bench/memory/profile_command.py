@@ -40,7 +40,7 @@ def measure(
     snapshot: str | None = None,
     trace: str | None = None,
 ) -> MeasuredMemory:
-    """One step of a model with random weights, or with those of a folder that has them."""
+    """Measure one step of a model with random weights, or with those of a folder that has them."""
     assert args.device is not None and args.precision is not None
     config = base_config(args.model)
     step_setup.check_sizes(args, thinking, config)
@@ -63,7 +63,7 @@ def measure(
 
 
 def beside(planned: MemoryPlan, measured: MeasuredMemory) -> list[dict[str, Any]]:
-    """A row for each phase, and one for the step's peak; MiB."""
+    """Make a row for each phase and one for the step's peak, in MiB."""
     rows = []
     for phase, categories in planned.phases.items():
         rows.append(

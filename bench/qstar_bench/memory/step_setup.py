@@ -79,7 +79,7 @@ class MemoryStepArguments:
 
 
 def check_sizes(args: MemoryStepArguments, thinking: QuietStarConfig, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a step that forward itself would refuse."""
+    """Check the sizes. Raises ValueError for a step that forward would refuse."""
     if thinking.talk_length >= args.tokens:
         raise ValueError(f"tokens = {args.tokens}: must be more than talk_length = {thinking.talk_length}")
     context = context_length(config)
@@ -96,7 +96,7 @@ def build(
     config: PreTrainedConfig,
     weights: Path | None = None,
 ) -> QuietStarForCausalLM:
-    """The model of the step, on the default device; its weights random, or those of a folder."""
+    """Build the model of the step on the default device; its weights random, or those of a folder."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     base: PreTrainedModel
     if weights is None:
@@ -118,7 +118,7 @@ def build(
 
 
 def _adapt(base: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
-    """Random adapters on every linear layer but the head, in place; all else is frozen."""
+    """Put random adapters on every linear layer but the head, in place, and freeze all else."""
     from peft import LoraConfig, inject_adapter_in_model
 
     base_weights = set(base.parameters())
@@ -133,7 +133,7 @@ def _adapt(base: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
 
 
 def ready(model: QuietStarForCausalLM) -> AdamW:
-    """The optimiser of a run that is under way: its state is there, and so are gradients (zeros)."""
+    """Make the optimiser of a run that is under way: with its state, and with gradients (zeros)."""
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.grad = torch.zeros_like(parameter)
@@ -143,12 +143,12 @@ def ready(model: QuietStarForCausalLM) -> AdamW:
 
 
 def text(args: MemoryStepArguments, config: PreTrainedConfig, device: str) -> Tensor:
-    """Random ids [B, T]."""
+    """Draw random ids [B, T]."""
     return torch.randint(0, config.vocab_size - 1, (args.batch, args.tokens), device=device)
 
 
 def step(model: QuietStarForCausalLM, optimiser: Optimizer, ids: Tensor, precision: str | None) -> None:
-    """Forward, backward and update, in named ranges."""
+    """Run forward, backward and update in named ranges."""
     with _quiet(), torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = model(ids).loss
     with record_function(BACKWARD):
@@ -159,7 +159,7 @@ def step(model: QuietStarForCausalLM, optimiser: Optimizer, ids: Tensor, precisi
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the model's advice against bf16 weights: whoever asks for them here wants to know."""
+    """Silence the model's advice against bf16 weights, which the user asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the base model's parameters are torch.bfloat16")
         yield

@@ -16,7 +16,7 @@ from qstar_bench.report.report_page import is_run, page
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    """runs, output, plots. Raises ValueError for what is unknown or missing."""
+    """Parse runs, output and plots. Raises ValueError for what is unknown or missing."""
     parser = Parser(
         prog="qstar bench report",
         description="One self-contained HTML page of runs that a bench wrote with --append.",
@@ -29,7 +29,7 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def load(path: str) -> list[dict[str, Any]]:
-    """The runs of a file: one a line, or one document over all lines, as `make gpu` writes it.
+    """Load the runs of a file: one a line, or one document over all lines, as `make gpu` writes it.
 
     Raises ValueError for a file that is missing or empty, and for a line that is no run, naming it.
     """

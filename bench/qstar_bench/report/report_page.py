@@ -76,7 +76,7 @@ def page(runs: list[dict[str, Any]]) -> str:
 
 
 def summary(runs: list[dict[str, Any]], count: str) -> str:
-    """The ratios of all runs, each with a link to its run."""
+    """Tabulate the ratios of all runs, each with a link to its run."""
     rows = []
     for i, run in enumerate(runs, 1):
         link = f'<a href="#run-{i}">{escape(run["bench"])}</a>'
@@ -95,7 +95,7 @@ def summary(runs: list[dict[str, Any]], count: str) -> str:
 
 
 def _breakable(name: str) -> str:
-    """On a phone the names of ratios are longer than the room beside their values."""
+    """Let the long names of ratios wrap on a phone."""
     return escape(name).replace("_", "_<wbr>")
 
 
@@ -118,7 +118,7 @@ def ratios(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def section(i: int, run: dict[str, Any]) -> str:
-    """One run: plots, then its rows and its other figures as tables."""
+    """Show one run: plots, then its rows and its other figures as tables."""
     name = escape(run["bench"])
     modelled = f"<p>{label(NOT_MEASURED)}</p>\n" if _all_modelled(run) else ""
     tables = "".join(table(run, title, rows, j == 0) for j, (title, rows) in enumerate(tables_of(run)))
@@ -152,7 +152,7 @@ def tables_of(run: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def is_run(x: Any) -> bool:
-    """Whether it has the shape of the document that `qstar.reporting.benchmark_record.finish` prints."""
+    """Tell whether x has the shape of the document that `qstar.reporting.benchmark_record.finish` prints."""
     kinds = {"bench": str, "when": str, "machine": dict, "arguments": dict, "rows": list}
     shaped = isinstance(x, dict) and all(isinstance(x.get(name), kind) for name, kind in kinds.items())
     return shaped and all(isinstance(row, dict) for row in x["rows"])
@@ -191,7 +191,7 @@ def _provenance(run: dict[str, Any], opened: bool) -> str:
 
 
 def _scroll(name: str, head: str, body: str) -> str:
-    """A table in a box that scrolls by itself, by keyboard too."""
+    """Put a table into a box that scrolls by itself, by keyboard too."""
     box = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
     return f"{box}<table>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table></div>"
 
@@ -211,7 +211,7 @@ def cell(value: Any, numeric: bool) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as text: numbers to three digits or all before the point, nothing for None."""
+    """Show a value as text: numbers to three digits or all before the point, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -48,7 +48,7 @@ class Plot:
 
 
 def of_run(run: dict[str, Any]) -> list[Plot]:
-    """What is worth drawing of a run; nothing for a bench that is not known."""
+    """Choose the plots of a run; none for an unknown bench."""
     draw = PLOTS.get(run["bench"])
     return [] if draw is None else draw(run)
 
@@ -58,7 +58,7 @@ def number(value: Any) -> bool:
 
 
 def lines(rows: Iterable[Row], x: Callable[[Row], Any], y: str, by: Callable[[Row], Any]) -> Series:
-    """A line for each value of `by`, through the rows that have both numbers, in the order of x."""
+    """Make a line for each value of `by`, through the rows that have both numbers, in the order of x."""
     found: Series = {}
     for row in rows:
         if number(x(row)) and number(row.get(y)):
@@ -67,7 +67,7 @@ def lines(rows: Iterable[Row], x: Callable[[Row], Any], y: str, by: Callable[[Ro
 
 
 def bars(title: str, y: str, rows: list[Row], columns: tuple[str, ...] = (), beside: bool = False) -> Plot:
-    """Bars for each row, of its columns (default: all that hold numbers), named by the words in it."""
+    """Make bars for each row, of its columns (default: all that hold numbers), named by the words in it."""
     columns = columns or tuple(
         dict.fromkeys(name for row in rows for name, value in row.items() if number(value))
     )
@@ -79,7 +79,7 @@ def bars(title: str, y: str, rows: list[Row], columns: tuple[str, ...] = (), bes
 
 
 def worth(plots: Iterable[Plot]) -> list[Plot]:
-    """Those with a bar, or a line of two points."""
+    """Keep the plots with a bar, or with a line of two points."""
     fewest = {True: 1, False: 2}
     return [
         plot
@@ -89,8 +89,8 @@ def worth(plots: Iterable[Plot]) -> list[Plot]:
 
 
 def attention(run: dict[str, Any]) -> list[Plot]:
-    """Time and memory of our forward + backward over the slots and over a block's slots, a line for each T;
-    and every candidate over T where one L was measured at several."""
+    """Plot time and memory of our forward + backward over the slots and over a block's slots, a line for each
+    T; and every candidate over T where one L was measured at several."""
     rows = [row for row in run["rows"] if all(number(row.get(name)) for name in ("T", "N", "L"))]
     both = [row for row in rows if row.get("pass") == "both"]
     ours = [row for row in both if row.get("candidate") == "ours"]
@@ -113,7 +113,7 @@ def attention(run: dict[str, Any]) -> list[Plot]:
 
 
 def step(run: dict[str, Any]) -> list[Plot]:
-    """The seconds of each phase, stacked, and the peak memory of each way."""
+    """Plot the seconds of each phase, stacked, and the peak memory of each way."""
     phases = [row for row in run.get("phases") or [] if isinstance(row, dict)]
     return worth(
         [
@@ -124,7 +124,7 @@ def step(run: dict[str, Any]) -> list[Plot]:
 
 
 def scaling(run: dict[str, Any]) -> list[Plot]:
-    """Time and memory over each knob, a line for each way."""
+    """Plot time and memory over each knob, a line for each way."""
     found = []
     knobs = {"k": "thought length k", "R": "thoughts a position, R", "positions": "positions that think"}
     for knob, label in knobs.items():
@@ -136,7 +136,7 @@ def scaling(run: dict[str, Any]) -> list[Plot]:
 
 
 def data(run: dict[str, Any]) -> list[Plot]:
-    """The loader's memory over what it has read, a line for each number of workers, and its speed."""
+    """Plot the loader's memory over what it has read, a line for each number of workers, and its speed."""
     points = [row for row in run.get("memory") or [] if isinstance(row, dict)]
     series = lines(points, itemgetter("read MiB"), "memory MiB", lambda row: f"{row.get('workers')} workers")
     speed = [{"": f"{row.get('workers')} workers"} | row for row in run["rows"]]
@@ -149,12 +149,12 @@ def data(run: dict[str, Any]) -> list[Plot]:
 
 
 def memory_plan(run: dict[str, Any]) -> list[Plot]:
-    """What is held at the highest moment of each phase, by category."""
+    """Plot what is held at the highest moment of each phase, by category."""
     return worth([bars("planned memory of a step", _unit(run), _categories(run))])
 
 
 def memory_profile(run: dict[str, Any]) -> list[Plot]:
-    """The plan of each phase beside what was measured."""
+    """Plot the plan of each phase beside what was measured."""
     columns = ("plan MiB", "measured MiB")  # resident memory has the libraries in it, and would hide both
     return worth([bars("memory, planned and measured", "MiB", run["rows"], columns, beside=True)])
 
@@ -209,7 +209,7 @@ def svg(plot: Plot, name: str) -> str:
 
 
 def save(plots: list[Plot], path: str | Path) -> None:
-    """All plots of a run, two beside each other, as one PNG. Raises ValueError where there is none."""
+    """Save all plots of a run, two beside each other, as one PNG. Raises ValueError where there is none."""
     if not plots:
         raise ValueError(f"plot = {path}: there is nothing to draw in this run")
     down, across = math.ceil(len(plots) / 2), min(2, len(plots))
@@ -247,7 +247,8 @@ def style(ink: str) -> Iterator[Any]:
 
 
 def draw(axis: Any, plot: Plot) -> None:
-    """The plot on an axis of matplotlib; long names are cut, else they would push it out of the figure."""
+    """Draw the plot on an axis of matplotlib; long names are cut, else they would push it out of the
+    figure."""
 
     def short(name: str) -> str:
         name = name.replace("qstar.", "")  # of phases

@@ -1,4 +1,4 @@
-"""A training step the published way, over any causal LM: the baseline that `qstar bench step` beats.
+"""Run a training step the published way, over any causal LM: a baseline of `qstar bench step`.
 
 What the authors' code does (ezelikman/quiet-star, 892446b, its training forward), written anew: the text is
 repeated for each of the R thoughts; one pass over all T positions for the text, each thought slot and each
@@ -21,7 +21,7 @@ from qstar.supported import text_body
 
 
 def published_step(model: QuietStarForCausalLM, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, thoughts [B, T - 1, R, k]) of input_ids [B, T], every position thinking, no padding."""
+    """Compute (loss, thoughts [B, T - 1, R, k]) of input_ids [B, T], every position thinking, no padding."""
     config, base = model.quiet_star, model.base
     k, m, R = config.thought_length, config.talk_length, config.num_thoughts
     B, T = input_ids.shape
@@ -67,7 +67,7 @@ def _high(logits: Tensor) -> Tensor:
 
 
 def _pass(model: QuietStarForCausalLM, embedding: Tensor, i: int, cache: DynamicCache) -> Tensor:
-    """Pass i over [B * R, T]: position t sees the text up to t, and slots 1 .. i of its own thought."""
+    """Run pass i over [B * R, T]: position t sees the text up to t, and slots 1 .. i of its own thought."""
     rows, T = embedding.shape[:2]
     device = embedding.device
     sees = torch.eye(T, dtype=torch.bool, device=device).repeat(1, i + 1)
@@ -85,7 +85,7 @@ def _pass(model: QuietStarForCausalLM, embedding: Tensor, i: int, cache: Dynamic
 
 
 def _by_text(steps: list[Tensor], B: int, R: int) -> Tensor:
-    """Steps of [B * R, T] -> [B, T, R, steps]."""
+    """Stack steps of [B * R, T] as [B, T, R, steps]."""
     if not steps:
         raise ValueError("thought_length = 0: the published way needs at least 1")
     x = torch.stack(steps, dim=-1)
@@ -93,7 +93,7 @@ def _by_text(steps: list[Tensor], B: int, R: int) -> Tensor:
 
 
 def _loss(model, sizes: tuple[int, int, int], nlls, base_nlls, log_probabilities) -> Tensor:
-    """The published loss; targets past the end of the text are left out."""
+    """Compute the published loss; targets past the end of the text are left out."""
     config, (B, T, R) = model.quiet_star, sizes
     m, device = config.talk_length, nlls[0].device
     reach = torch.arange(T, device=device)[:, None] + torch.arange(m, device=device) + 1

@@ -137,7 +137,7 @@ def points(preset: ScalingPreset) -> list[Point]:
 
 
 def build(preset: ScalingPreset) -> tuple[QuietStarForCausalLM, Tensor]:
-    """A random model in fp32 and random text [1, T]."""
+    """Build a random model in fp32 and random text [1, T]."""
     torch.manual_seed(0)
     base = MistralForCausalLM(MistralConfig(**preset.model, sliding_window=None))
     model = QuietStarForCausalLM.from_base(base, QuietStarConfig()).train()
@@ -146,7 +146,8 @@ def build(preset: ScalingPreset) -> tuple[QuietStarForCausalLM, Tensor]:
 
 
 def configs(point: Point, chunk: int) -> dict[str, QuietStarConfig]:
-    """The two ways. The policy weight is 1: the paper's 1e6 would leave nothing else in the compared loss."""
+    """Configure the two ways. The policy weight is 1: the paper's 1e6 would leave nothing else in the
+    compared loss."""
     together = QuietStarConfig(
         thought_length=point.k,
         num_thoughts=point.R,
@@ -158,7 +159,7 @@ def configs(point: Point, chunk: int) -> dict[str, QuietStarConfig]:
 
 
 def one_step(model: QuietStarForCausalLM, text: Tensor) -> tuple[Tensor, int]:
-    """Forward + backward: (the loss, the number of blocks); what is random in it has seed 0."""
+    """Run forward + backward with seed 0: (the loss, the number of blocks)."""
     model.zero_grad(set_to_none=True)
     output = model(text, generator=torch.Generator(text.device).manual_seed(0))
     output.loss.backward()
@@ -166,7 +167,8 @@ def one_step(model: QuietStarForCausalLM, text: Tensor) -> tuple[Tensor, int]:
 
 
 def check(point: Point, found: Tensor, expected: Tensor) -> None:
-    """Raises WrongResultError when the chunked step has another loss than the one of all blocks at once."""
+    """Compare losses. Raises WrongResultError if the chunked step's differs from that of all blocks at
+    once."""
     error = float((found - expected).abs() / expected.abs().clamp(min=1))
     if not error <= LOSS_TOLERANCE:
         raise WrongResultError(
@@ -177,8 +179,8 @@ def check(point: Point, found: Tensor, expected: Tensor) -> None:
 def measure(
     model: QuietStarForCausalLM, text: Tensor, point: Point, chunk: int, rounds: int, trace: str | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each way: seconds of a step, and the peak memory that it takes beside the weights, gradients
-    included. trace: where the chunked step's chrome trace goes."""
+    """Measure a row for each way: seconds of a step, and the peak memory that it takes beside the weights,
+    gradients included. trace: where the chunked step's chrome trace goes."""
     ways = configs(point, chunk)
 
     def step(way: str) -> tuple[Tensor, int]:
@@ -231,7 +233,7 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_growth(grown: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures of the run: how the peak memory of each sweep grows, in chunks and all at once."""
+    """Name the figures of the run: growth of peak memory over each sweep, in chunks and all at once."""
     return {
         f"memory_growth_over_{row['over']}{'' if row['way'] == TOGETHER else '_in_chunks'}": row[
             "memory growth"

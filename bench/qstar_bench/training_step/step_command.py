@@ -22,8 +22,8 @@ from qstar.cli.options import parse_options
 from qstar.reporting import tables
 from qstar.reporting.benchmark_record import OutputArguments, finish, machine
 from qstar_bench.step_flops import StepFlops, step_flops
-from qstar_bench.timing import matmul_flops
-from qstar_bench.training_step.step_ways import DTYPES, StepBenchArguments, build, check, work
+from qstar_bench.timing import DTYPES, matmul_flops
+from qstar_bench.training_step.step_ways import StepBenchArguments, build, check, work
 
 
 def main(argv: list[str]) -> int:
@@ -87,13 +87,13 @@ def main(argv: list[str]) -> int:
 
 
 def emulated(ceilings: dict[str, float]) -> list[str]:
-    """Of FLOP/s by dtype, those dtypes that are ten times as slow as the first one or worse."""
+    """List the dtypes, of FLOP/s by dtype, that are ten times as slow as the first one or worse."""
     first, *others = ceilings
     return [dtype for dtype in others if ceilings[dtype] < ceilings[first] / 10]
 
 
 def card(args: StepBenchArguments, flops: StepFlops) -> dict[str, Any]:
-    """What a step needs, counted before any measurement."""
+    """Count what a step needs, before any measurement."""
     k, m, R = args.thought_length, args.talk_length, args.num_thoughts
     T, slots, thoughts = args.tokens, k + m + 1, (args.tokens - 1) * R
     needed = R * T * (T - 1) // 2 * slots + thoughts * slots * (slots + 1) // 2
@@ -146,7 +146,7 @@ def phase_row(run: tuple[str, str], found: list[dict]) -> dict[str, Any]:
 def ratios(
     args: StepBenchArguments, rounds: dict[tuple[str, str], list[dict]], flops: StepFlops
 ) -> dict[str, float]:
-    """The figures by which a step is judged; those of other precisions than the first carry their name."""
+    """Compute the figures that judge a step; those of further precisions carry their names."""
     figures = {"flops_ratio": flops.thinking / flops.plain}
     for dtype in args.dtype:
         suffix = "" if dtype == args.dtype[0] else f"_{dtype}"

@@ -20,11 +20,10 @@ from qstar.reporting.benchmark_record import WrongResultError, check_device
 from qstar.reporting.profiling import traced
 from qstar_bench.memory.memory_peaks import peak_bytes, resident_peak_bytes
 from qstar_bench.model_shapes import EMBEDDED, SHAPES, base_config, weights_of
-from qstar_bench.timing import PhaseClock, timed
+from qstar_bench.timing import DTYPES, PhaseClock, timed
 from qstar_bench.training_step.published_step import published_step
 
 WAYS = ("ours", "dense", "published", "plain")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRESETS: dict[str, dict[str, Any]] = {
     "authors-cpu": {
         "model": "authors-19m",
@@ -98,9 +97,9 @@ class StepBenchArguments:
 def build(
     args: StepBenchArguments, way: str, device: str | None = None, small: bool = False
 ) -> tuple[QuietStarForCausalLM, Tensor]:
-    """A model with thoughts in fp32, its mixing head not zero (w = 0 would leave most gradients zero), and
-    one batch of random text [B, T]. A folder's own weights, a shape's random ones; small: random ones of the
-    same architecture with fewer layers and tokens."""
+    """Build a model with thoughts in fp32, its mixing head not zero (w = 0 would leave most gradients zero),
+    and one batch of random text [B, T]. A folder's own weights, a shape's random ones; small: random ones of
+    the same architecture with fewer layers and tokens."""
     device = device or args.device
     torch.manual_seed(0)
     with torch.device(device):
@@ -129,8 +128,8 @@ def loss_of(way: str, model: QuietStarForCausalLM, text: Tensor, seed: int) -> T
 
 
 def check(args: StepBenchArguments) -> float:
-    """The largest relative difference of loss and gradients between the ways, for the same thoughts, on a
-    short text and a small model of the same architecture; in fp64, on a GPU (whose kernels have none) in
+    """Compute the largest relative difference of loss and gradients between the ways, for the same thoughts,
+    on a short text and a small model of the same architecture; in fp64, on a GPU (whose kernels have none) in
     fp32. Raises WrongResultError when they disagree."""
     dtype, allowed = (torch.float64, 1e-6) if args.device == "cpu" else (torch.float32, 1e-4)
     short = replace(args, preset=None, tokens=max(CHECKED_TOKENS, args.talk_length + 2), batch=1)
@@ -165,8 +164,9 @@ def check(args: StepBenchArguments) -> float:
 
 
 def work(args: StepBenchArguments, way: str, dtype: str, trace: str | None = None) -> dict:
-    """One round in this process: seconds of the warm-up and of every step, of each phase in one more step,
-    and the peak memory of one more: of tensors (what the step adds and what is there before) and resident."""
+    """Run one round in this process: seconds of the warm-up and of every step, of each phase in one more
+    step, and the peak memory of one more: of tensors (what the step adds and what is there before) and
+    resident."""
     model, text = build(args, way)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     precise = dtype == "float32"
