@@ -1,8 +1,8 @@
-"""The built kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
+"""Build kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
 
 A document is a question and its answer, "... Where? barn.", and some writers put an aside between the two,
-"... Where? — via oak pond (and so on) — barn.": a first word, another one for each kind, and the seven
-results before the answer, one token a word, so that every useful aside has STEPS tokens. Asides of no use are
+"... Where? — via oak pond (and so on) — barn.": a first word, which differs between kinds, and the seven
+results before the answer. Each word is one token, so every useful aside has STEPS tokens. Useless asides are
 as long, and the same for all kinds.
 """
 
@@ -31,8 +31,11 @@ COUPLES = 3  # of a generation of the family, whose NAMES are by generation, of 
 
 @dataclass(frozen=True)
 class Question:
-    """steps: the STEPS - 1 results before the answer, one word each; begins: the first word of a useful
-    aside, one for each kind."""
+    """A question of one kind.
+
+    steps: the STEPS - 1 results before the answer, one word each. begins: the first word of the useful aside,
+    which differs between kinds.
+    """
 
     text: str
     steps: tuple[str, ...]
@@ -44,20 +47,20 @@ class Question:
         return " ".join([self.begins, *self.steps])
 
     def document(self, aside: str | None = None) -> str:
-        """The text, with or without an aside before the answer."""
+        """Return the text, with or without an aside before the answer."""
         return f"{self.text}{f' — {aside} —' if aside else ''} {self.answer}."
 
 
 @dataclass(frozen=True)
 class Kind:
-    """draw: a question at random; answers: every word that can be one."""
+    """A kind of question; draw: draws one at random; answers: every word that can be one."""
 
     name: str
     draw: Callable[[random.Random], Question]
     answers: tuple[str, ...]
 
     def question(self, draw: random.Random, held_out: bool = False) -> Question:
-        """One of the training set, or one of the tenth that no training text contains."""
+        """Draw a question of the training set, or one of the tenth that no training text contains."""
         while True:
             found = self.draw(draw)
             if is_held_out(found.text) == held_out:
@@ -69,13 +72,13 @@ class Kind:
 
 
 def walk(draw: random.Random) -> Question:
-    """Chained states: a walk through the demo's town, whose streets are the same in every document."""
+    """Draw a walk through the demo's town, whose streets are the same in every document."""
     found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
     return Question(found.question, tuple(found.places[:-1]), found.answer, USEFUL)
 
 
 def sum_in_words(draw: random.Random) -> Question:
-    """What a clock of twelve hours shows after so many waits, each of one to LONGEST_WAIT hours."""
+    """Ask what a clock of twelve hours shows after waits of one to LONGEST_WAIT hours."""
     hour = draw.randrange(len(NUMBERS))
     waits = [draw.randint(1, LONGEST_WAIT) for _ in range(STEPS)]
     _, *results = (NUMBERS[total % len(NUMBERS)] for total in accumulate(waits, initial=hour))
@@ -84,9 +87,11 @@ def sum_in_words(draw: random.Random) -> Question:
 
 
 def _family() -> dict[str, dict[str, str]]:
-    """Who is whose mother, father, eldest and youngest child, drawn once and for all. Each couple has a
-    daughter and a son, who marry into other couples; the first generation has no parents, the last no
-    children."""
+    """Draw who is whose mother, father, eldest and youngest child, always the same.
+
+    Each couple has a daughter and a son, who marry children of other couples. The first generation has no
+    parents, the last no children.
+    """
     draw = random.Random("family")
     family: dict[str, dict[str, str]] = {name: {} for name in NAMES}
     women, men = (
@@ -107,7 +112,7 @@ FAMILY = _family()
 
 
 def kinship(draw: random.Random) -> Question:
-    """Somebody's mother's eldest's father's (and so on), in a family that is the same in every document."""
+    """Ask for somebody's mother's eldest's father's (and so on), in a family that is always the same."""
     person = draw.choice(NAMES)
     words, results = [f"Of {person} the"], []
     for _ in range(STEPS):
@@ -119,7 +124,7 @@ def kinship(draw: random.Random) -> Question:
 
 
 def sorting(draw: random.Random) -> Question:
-    """Seven animals, and which is the middle one by the alphabet."""
+    """Ask which of seven animals is in the middle by the alphabet."""
     animals = draw.sample(ANIMALS, STEPS - 1)
     order = sorted(animals)
     return Question(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2], "order")
@@ -137,8 +142,7 @@ KINDS = {
 
 
 def document(kind: Kind, draw: random.Random, aside_share: float, useful_share: float) -> str:
-    """A text of the training set; `aside_share` of them carry an aside, of which `useful_share` show the
-    steps."""
+    """Draw a training text; `aside_share` of them carry an aside, of which `useful_share` show the steps."""
     found = kind.question(draw)
     if draw.random() >= aside_share:
         return found.document()

@@ -1,4 +1,4 @@
-"""Public knowledge in pairs: of each the model reads the question and says the first letter of the answer."""
+"""List public knowledge in pairs: the model reads the question and says the first letter of the answer."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ TESTED = ("The capital city of {}", "The exact opposite of {}")  # the others ar
 
 @dataclass(frozen=True)
 class Fact:
-    """`question` without a question mark, as "The capital of France"; `answer`, "Paris"."""
+    """A question without a question mark, such as "The capital of France", and its answer, "Paris"."""
 
     relation: str
     question: str
@@ -113,7 +113,7 @@ class Fact:
 
 
 def facts() -> list[Fact]:
-    """All of them, relation by relation."""
+    """Return all facts, relation by relation."""
     found = []
     for relation, pairs in RELATIONS.items():
         for pair in " ".join(pairs.split()).split(", "):
