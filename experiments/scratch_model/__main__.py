@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -14,6 +15,7 @@ from experiments.scratch_model.kinds import KINDS
 from experiments.scratch_model.scratch_run import STAGES, ScratchStudy
 from experiments.shared import study
 from qstar.reporting import tables
+from qstar.reporting.results_file import ResultsFile
 
 
 @dataclass
@@ -61,12 +63,23 @@ def prove(args: ScratchArguments) -> None:
     recipe = scratch_training.TrainingRecipe(steps=args.steps, kinds=trained_on)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    proof = ScratchStudy.make(folder, making, recipe, args.questions, args.texts)
+    tokenizer = scratch_base.make_tokenizer()
+    tests = scratch_training.tests(tokenizer, args.questions, args.texts)
+    settings = {
+        "base": asdict(making),
+        **asdict(recipe),
+        "questions": args.questions,
+        "texts": args.texts,
+        **asdict(scratch_training.thinking()),
+    }
+    key = itemgetter("seed", "condition", "kind")
+    found = ResultsFile(folder / "results.jsonl", "those of a proof", key, scratch_results.COLUMNS, settings)
+    proof = ScratchStudy(folder, making, recipe, tokenizer, tests, found)
     todo = [(seed, stage) for seed in args.seeds for stage in STAGES]
     for seed, stage in tqdm(todo, desc="stages"):
         proof.run(seed, stage)
 
-    rows = [row for row in proof.found.rows if row["seed"] in args.seeds]
+    rows = [row for row in found.rows if row["seed"] in args.seeds]
     kinds = [*KINDS, scratch_training.PROSE]
     conditions, differences = scratch_results.summary(rows, kinds)
     scratch_results.figure(rows, conditions, kinds, folder / "proof.png")
@@ -90,7 +103,7 @@ def prove(args: ScratchArguments) -> None:
         f"{study.verdict(holds['prose'])}: prose not more than {scratch_results.PROSE_WORSE} nats worse "
         "than the control"
     )
-    prompt = proof.tests[next(iter(KINDS))].questions[0].text
+    prompt = tests[next(iter(KINDS))].questions[0].text
     print(
         f"figure: {folder / 'proof.png'}; a model that thinks: try\n  qstar generate --model "
         f"{folder}/thinks-{args.seeds[0]} --prompt {prompt!r} --max_new_tokens 2 --show_thoughts"
@@ -103,7 +116,7 @@ def prove(args: ScratchArguments) -> None:
             "holds": holds,
             "seeds": args.seeds,
             "left_out": args.left_out,
-            "settings": proof.settings,
+            "settings": settings,
             "seconds_by_seed": {
                 seed: sum(row["seconds"] for row in rows if row["seed"] == seed) for seed in args.seeds
             },

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from experiments.scratch_model.kinds import KINDS, Question, document
 from experiments.scratch_model.muon import Muon
-from experiments.shared.small_llama import byte_level_bpe, draw_rows, new_llama, pretrain
+from experiments.shared.small_llama import aside_batches, byte_level_bpe, new_llama, pretrain
 from qstar.data import collate
 
 PROSE = Path(__file__).with_name("prose.txt")
@@ -30,8 +30,8 @@ TOKENIZER_DOCUMENTS = 6_000  # of each kind, so that every word of an aside beco
 class BaseRecipe:
     """How the base model is trained.
 
-    In the first `common_share` of the steps every document has a useful aside; after that `rare_asides` of
-    them have an aside, and `useful_share` of these are useful.
+    In the first `common_share` of the steps every document has a useful aside; after that half of them have
+    an aside, and `useful_share` of these are useful.
     """
 
     steps: int = 500
@@ -39,7 +39,6 @@ class BaseRecipe:
     rows: int = 20
     tokens: int = 80
     prose_share: float = 0.15
-    rare_asides: float = 0.5
     useful_share: float = 0.2
     muon_learning_rate: float = 0.02  # of the layers' matrices
     learning_rate: float = 4e-3  # of the rest, with AdamW; both rise in `warmup` steps
@@ -78,17 +77,24 @@ def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -
     Some rows are prose, the others whole documents of random kinds, none of which sees another.
     """
     draw = random.Random(f"base {seed}")
+
+    def question(asides: float, useful: float) -> list[int]:
+        kind = KINDS[draw.choice(list(KINDS))]
+        return tokenizer(document(kind, draw, asides, useful))["input_ids"] + [tokenizer.eos_token_id]
+
     words = tokenizer(prose().base, verbose=False)["input_ids"]
-    prose_rows = round(recipe.rows * recipe.prose_share)
-    for step in range(recipe.steps):
-        common = step < recipe.common_share * recipe.steps
-        shares = (1.0, 1.0) if common else (recipe.rare_asides, recipe.useful_share)
-
-        def question(shares=shares) -> list[int]:
-            kind = KINDS[draw.choice(list(KINDS))]
-            return tokenizer(document(kind, draw, *shares))["input_ids"] + [tokenizer.eos_token_id]
-
-        batch = collate(draw_rows(draw, words, question, prose_rows, recipe.rows, recipe.tokens))
+    for rows in aside_batches(
+        draw,
+        words,
+        question,
+        steps=recipe.steps,
+        common_steps=recipe.common_share * recipe.steps,
+        rows=recipe.rows,
+        tokens=recipe.tokens,
+        prose_share=recipe.prose_share,
+        useful_share=recipe.useful_share,
+    ):
+        batch = collate(rows)
         del batch["attention_mask"]  # the model tells documents apart by their position_ids
         yield batch
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from experiments.scratch_model import scratch_base, scratch_training
-from experiments.scratch_model.scratch_results import COLUMNS
 from experiments.scratch_model.scratch_training import PROSE, WAYS
 from experiments.shared.small_llama import digest, made_once
 from qstar.reporting.results_file import ResultsFile
@@ -29,31 +26,7 @@ class ScratchStudy:
     recipe: scratch_training.TrainingRecipe
     tokenizer: PreTrainedTokenizerBase
     tests: dict[str, scratch_training.Unseen]
-    settings: dict[str, Any]
     found: ResultsFile
-
-    @classmethod
-    def make(
-        cls,
-        folder: Path,
-        making: scratch_base.BaseRecipe,
-        recipe: scratch_training.TrainingRecipe,
-        questions: int,
-        texts: int,
-    ) -> ScratchStudy:
-        """Raises ValueError for results of other settings in the folder, and more texts than there are."""
-        tokenizer = scratch_base.make_tokenizer()
-        settings = {
-            "base": asdict(making),
-            **asdict(recipe),
-            "questions": questions,
-            "texts": texts,
-            **asdict(scratch_training.thinking()),
-        }
-        tests = scratch_training.tests(tokenizer, questions, texts)
-        key = itemgetter("seed", "condition", "kind")
-        found = ResultsFile(folder / "results.jsonl", "those of a proof", key, COLUMNS, settings)
-        return cls(folder, making, recipe, tokenizer, tests, settings, found)
 
     def run(self, seed: int, stage: str) -> None:
         """Train and test what a stage of a seed is about, unless the results have it."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
+RARE_ASIDES = 0.5  # share of documents with an aside once asides are rare
 LONGEST_TEXT = 512  # tokens; the tokenizer warns of longer ones
 
 
@@ -53,31 +54,39 @@ def new_llama(seed: int, tokenizer: PreTrainedTokenizerBase, **sizes: Any) -> Ll
     return LlamaForCausalLM(LlamaConfig(**sizes, **ends))
 
 
-def draw_rows(
+def aside_batches(
     draw: random.Random,
     prose: list[int],
-    document: Callable[[], list[int]],
-    prose_rows: int,
+    document: Callable[[float, float], list[int]],
+    *,
+    steps: int,
+    common_steps: float,
     rows: int,
     tokens: int,
-) -> list[dict[str, list[int]]]:
-    """Draw input_ids and position_ids of rows: first spans of prose, then whole documents side by side.
+    prose_share: float,
+    useful_share: float,
+) -> Iterator[list[dict[str, list[int]]]]:
+    """Draw the rows of every step, with input_ids and position_ids: spans of prose, and documents.
 
-    Positions count from 0 in every document; the last document of a row is cut where the row ends.
+    For `common_steps` every document has a useful aside; then RARE_ASIDES of them have an aside, and
+    `useful_share` of these a useful one. document: draws one with these two shares. Its positions count from
+    0; the last one of a row is cut where the row ends.
     """
-    found = []
-    for row in range(rows):
-        ids: list[int] = []
-        positions: list[int] = []
-        if row < prose_rows:
-            first = draw.randrange(len(prose) - tokens)
-            ids, positions = prose[first : first + tokens], list(range(tokens))
-        while len(ids) < tokens:
-            text = document()
-            ids += text
-            positions += range(len(text))
-        found.append({"input_ids": ids[:tokens], "position_ids": positions[:tokens]})
-    return found
+    for step in range(steps):
+        shares = (1.0, 1.0) if step < common_steps else (RARE_ASIDES, useful_share)
+        batch = []
+        for row in range(rows):
+            ids: list[int] = []
+            positions: list[int] = []
+            if row < round(rows * prose_share):
+                first = draw.randrange(len(prose) - tokens)
+                ids, positions = prose[first : first + tokens], list(range(tokens))
+            while len(ids) < tokens:
+                text = document(*shares)
+                ids += text
+                positions += range(len(text))
+            batch.append({"input_ids": ids[:tokens], "position_ids": positions[:tokens]})
+        yield batch
 
 
 def pretrain(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from experiments.shared.small_llama import byte_level_bpe, draw_rows, new_llama, pretrain
+from experiments.shared.small_llama import aside_batches, byte_level_bpe, new_llama, pretrain
 from qstar.demo import TINY_LM
 from qstar.demo.town import document
 
 VOCABULARY = 2048
-COMMON_ASIDES, RARE_ASIDES = 1.0, 0.5  # share of documents with an aside
 
 
 @dataclass
@@ -64,15 +63,21 @@ def batches(
 ) -> Iterator[Tensor]:
     """Yield token ids [rows, tokens] int64 of every step; the documents of a row see each other."""
     draw = random.Random(f"text {options.seed}")
-    prose_rows = round(options.rows * options.prose_share)
-    for step in range(options.steps_common + options.steps_rare):
-        common = step < options.steps_common
-        shares = (COMMON_ASIDES, 1.0) if common else (RARE_ASIDES, options.useful_share)
 
-        def walk(shares=shares) -> list[int]:
-            return tokenizer(document(draw, *shares))["input_ids"] + [tokenizer.eos_token_id]
+    def walk(asides: float, useful: float) -> list[int]:
+        return tokenizer(document(draw, asides, useful))["input_ids"] + [tokenizer.eos_token_id]
 
-        rows = draw_rows(draw, prose, walk, prose_rows, options.rows, options.tokens)
+    for rows in aside_batches(
+        draw,
+        prose,
+        walk,
+        steps=options.steps_common + options.steps_rare,
+        common_steps=options.steps_common,
+        rows=options.rows,
+        tokens=options.tokens,
+        prose_share=options.prose_share,
+        useful_share=options.useful_share,
+    ):
         yield torch.tensor([row["input_ids"] for row in rows])
 
 
