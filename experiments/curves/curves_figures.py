@@ -26,10 +26,8 @@ def values(row: Row, name: str) -> list[float]:
 
 
 def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
-    """Draw each panel over the training steps, and in the last one what is reached at the end, as a PNG.
-
-    A thin line or a mark is a seed, a thick line or a bar the mean of the seeds.
-    """
+    """Draw each panel over the training steps, and what is reached at the end, as a PNG: a thin line or a
+    mark for every seed, a thick line or a bar for their mean."""
     lengths = {values(rows[0], "step")[-1] for rows in levels.values()}
     with drawing(path, 2, 3, (13, 7)) as (figure, axes):
         for (key, label), axis in zip(PANELS.items(), axes.flat):

@@ -35,11 +35,9 @@ BASE_LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between runs; the rest is the demo's.
-
-    boundary: what `<start>` and `<end>` begin from, "dash" or "random". useful_share: of the asides that the
-    base model saw; None: the embedded model. longer: factor of the training steps.
-    """
+    """What differs between runs; the rest is the demo's. boundary: what `<start>` and `<end>` begin from,
+    "dash" or "random"; useful_share: of the asides that the base model saw, None: the embedded model;
+    longer: factor of the training steps."""
 
     thought_length: int = STEPS
     num_thoughts: int = 2
@@ -66,11 +64,8 @@ class Size:
 
 
 def base_model(share: float | None, steps: int, folder: Path) -> Path:
-    """Return the folder of the base model, made where it is not there yet.
-
-    It is the embedded model, or, with a share, that one after `steps` more on walks alone, half of which have
-    an aside, and `share` of these a useful one.
-    """
+    """Return the folder of the base model: the embedded model, or, with a share, that one after `steps` more
+    on walks alone, half of which have an aside, and `share` of these a useful one."""
     if share is None:
         return TINY_LM
     options = TinyLmArguments(
@@ -106,8 +101,7 @@ def begin_from_noise(model: QuietStarForCausalLM, seed: int) -> None:
 
 @torch.no_grad()
 def told_accuracy(base: PreTrainedModel, task: walk_training.WalkTask) -> float:
-    """Return the share of unseen walks whose answer is the likeliest place after an aside that spells them
-    out."""
+    """Return the share of unseen walks whose answer is the likeliest place after the useful aside."""
     texts = [walk.text(walk.useful_thought) for walk in task.test]
     ids = torch.tensor(task.tokenizer(texts)["input_ids"])
     scores = base(input_ids=ids).logits[:, -3, task.places]  # before the answer and its full stop
@@ -153,12 +147,10 @@ def moments(training_steps: int) -> list[int]:
 
 
 def run(setting: Setting, seed: int, size: Size, bases: Path) -> Row:
-    """Train with one setting, and return the row of the run.
-
-    Its points have direct_accuracy and useful_share (see `qstar.demo.walk_training`); base_nll, mixed_nll
-    (nats a token) and mix_weight with greedy thoughts, on the first NLL_WALKS unseen walks; and reward, the
-    mean of the training batches since the point before.
-    """
+    """Train with one setting, and return the row of the run. Its points have direct_accuracy and
+    useful_share (see `qstar.demo.walk_training`); base_nll, mixed_nll (nats a token) and mix_weight with
+    greedy thoughts, on the first NLL_WALKS unseen walks; reward, the mean of the training batches since the
+    point before."""
     began = time.perf_counter()
     base = base_model(setting.useful_share, size.base_steps, bases)
     steps = size.training_steps * setting.longer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Gsm8kArguments:
     steps: int = field(default=30, metadata={"help": "Optimiser steps of the control and of the model."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the base model's layers."})
     mixing_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of the mixing head."})
-    boundary_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the boundaries."})
+    boundary_learning_rate: float = field(default=1e-3, metadata={"help": "Rate of <start> and <end>."})
     batch: int = field(default=4, metadata={"help": "Texts of a step."})
     trainable_layers: int = field(default=10, metadata={"help": "Last layers that learn, in every phase."})
     positions: int = field(
@@ -103,14 +103,7 @@ def prove(args: Gsm8kArguments, config: QuietStarConfig) -> None:
         name: (spans, Results({"spans": name, **settings}, str(folder / f"{name}.jsonl")))
         for name, spans in asked.items()
     }
-    recipe = FineTuning(
-        steps=args.steps,
-        batch=args.batch,
-        trainable_layers=args.trainable_layers,
-        learning_rate=args.learning_rate,
-        mixing_learning_rate=args.mixing_learning_rate,
-        boundary_learning_rate=args.boundary_learning_rate,
-    )
+    recipe = FineTuning(**{knob.name: getattr(args, knob.name) for knob in fields(FineTuning)})
     proof = Gsm8kStudy(
         model=args.model,
         tokenizer=tokenizer,

@@ -29,10 +29,8 @@ _ASIDE = re.compile(rf"^{_NUMBER}(?:{_OPERATOR}{_NUMBER})+=")
 
 @dataclass(frozen=True)
 class Worked:
-    """A text as token ids.
-
-    results: for the first token of every calculation's result, the calculation (`48/2=24`) as token ids.
-    """
+    """A text as token ids; results: for the first token of every calculation's result, the calculation
+    (`48/2=24`) as token ids."""
 
     input_ids: list[int]
     results: dict[int, list[int]]
@@ -92,11 +90,8 @@ def _encoded(text: str, marks: dict[int, str], tokenizer: Any) -> Worked:
 def text_rows(
     texts: Sequence[Worked], positions: int | None = None, seed: int = 0
 ) -> list[dict[str, list[int]]]:
-    """Make rows to train on.
-
-    positions: think before every result and at so many other tokens of each text, drawn at random; None
-    leaves the choice to the config.
-    """
+    """Make rows to train on; positions: think before every result and at so many other tokens of each text,
+    drawn at random; None leaves the choice to the config."""
     rows = []
     for number, text in enumerate(texts):
         n = len(text.input_ids)
@@ -110,10 +105,7 @@ def text_rows(
 
 
 def dash(tokenizer: Any) -> int:
-    """Return the token that asides and thoughts begin and end with.
-
-    Raises ValueError where no dash is one token.
-    """
+    """Return the token that asides and thoughts begin and end with; ValueError where no dash is one token."""
     token, _ = boundary_token_id(tokenizer, "asides", SUBSTITUTES[0])
     if token is None:
         raise ValueError(f"model: none of {SUBSTITUTES} is one token of its tokenizer")

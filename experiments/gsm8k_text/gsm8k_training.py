@@ -94,10 +94,7 @@ class Gsm8kStudy:
         return [name for x in self.contestants() for way, name in x.conditions.items() if way != SMOOTHED]
 
     def measure(self, asked: Sequence[tuple[Sequence[Span], Results]]) -> None:
-        """Add to the results of each list of spans what they lack.
-
-        A model that none of them lacks is not trained again.
-        """
+        """Add to the results of each list of spans what they lack; train no model that none of them lacks."""
         thinking = Thinking(0.0, pause_token(self.tokenizer))
         for contestant in self.contestants():
             conditions = contestant.conditions.values()

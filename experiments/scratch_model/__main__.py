@@ -64,7 +64,8 @@ def prove(args: ScratchArguments) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = scratch_base.make_tokenizer()
-    tests = scratch_training.tests(tokenizer, args.questions, args.texts)
+    kinds = [*KINDS, scratch_training.PROSE]
+    tests = {x: scratch_training.Unseen.make(x, tokenizer, args.questions, args.texts) for x in kinds}
     settings = {
         "base": asdict(making),
         **asdict(recipe),
@@ -80,7 +81,6 @@ def prove(args: ScratchArguments) -> None:
         proof.run(seed, stage)
 
     rows = [row for row in found.rows if row["seed"] in args.seeds]
-    kinds = [*KINDS, scratch_training.PROSE]
     conditions, differences = scratch_results.summary(rows, kinds)
     scratch_results.figure(rows, conditions, kinds, folder / "proof.png")
     print(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from experiments.scratch_model.kinds import KINDS, Question, document
+from experiments.scratch_model.kinds import KINDS, BuiltQuestion, document
 from experiments.scratch_model.muon import Muon
 from experiments.shared.small_llama import aside_batches, byte_level_bpe, new_llama, pretrain
 from qstar.data import collate
@@ -28,11 +28,8 @@ TOKENIZER_DOCUMENTS = 6_000  # of each kind, so that every word of an aside beco
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How the base model is trained.
-
-    In the first `common_share` of the steps every document has a useful aside; after that half of them have
-    an aside, and `useful_share` of these are useful.
-    """
+    """How the base model is trained. In the first `common_share` of the steps every document has a useful
+    aside; after that half of them have an aside, and `useful_share` of these are useful."""
 
     steps: int = 500
     common_share: float = 0.6
@@ -72,10 +69,8 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Yield input_ids, position_ids, labels [rows, tokens] int64 of every step.
-
-    Some rows are prose, the others whole documents of random kinds, none of which sees another.
-    """
+    """Yield input_ids, position_ids, labels [rows, tokens] int64 of every step: prose, and documents of
+    random kinds, none of which sees another."""
     draw = random.Random(f"base {seed}")
 
     def question(asides: float, useful: float) -> list[int]:
@@ -135,7 +130,7 @@ def train(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 @torch.no_grad()
 def told_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, kind: str, questions: list[Question]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, kind: str, questions: list[BuiltQuestion]
 ) -> float:
     """Return the share of questions whose answer is the likeliest of its kind after the useful aside, written
     out: what a thought could reach."""

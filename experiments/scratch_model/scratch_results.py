@@ -21,10 +21,8 @@ COLUMNS = {name for pair in MEASURES.values() for name in pair}  # sums of `scra
 
 
 def measured(rows: list[Row], kind: str, measure: str) -> dict[str, Sums]:
-    """Return the sums of each condition that every seed of the rows has, over all seeds.
-
-    A question (of prose, a span of text) is one cluster: it is the same for every seed.
-    """
+    """Return the sums over all seeds of each condition that every seed has; a question (of prose, a span) is
+    one cluster, since it is the same for every seed."""
     top, bottom = MEASURES[measure]
     seeds = {row["seed"] for row in rows}
     found = {}
@@ -59,12 +57,9 @@ def summary(rows: list[Row], kinds: list[str]) -> tuple[list[Row], list[Row]]:
 
 
 def verdict(differences: list[Row], kinds: list[str]) -> dict[str, Any]:
-    """Return what holds.
-
-    over: the built kinds on which thoughts are far enough above the control and above shuffled thoughts;
-    kinds: whether these are enough; prose: whether the interval of thoughts - control, in nats, ends below
-    what is allowed.
-    """
+    """Return what holds. over: the kinds on which thoughts are far enough above the control and the shuffled
+    thoughts; kinds: whether these are enough; prose: whether the interval of thoughts - control, in nats,
+    ends below what is allowed."""
     found = {(x["kind"], x["measure"], x["difference"]): x for x in differences}
     over = []
     for kind in kinds:
@@ -76,11 +71,8 @@ def verdict(differences: list[Row], kinds: list[str]) -> dict[str, Any]:
 
 
 def diagnostics(rows: list[Row], kinds: list[str]) -> list[Row]:
-    """Return a row of each kind, with means over seeds.
-
-    useful: share of the thoughts sampled after the questions that are the useful aside. told: accuracy after
-    the aside is written out, and the least of a seed.
-    """
+    """Return a row of each kind, with means over seeds: the share of sampled thoughts that are the useful
+    aside, and the accuracy after that aside is written out (told), with the least of a seed."""
     found = []
     for kind in kinds:
         line: Row = {"kind": kind}

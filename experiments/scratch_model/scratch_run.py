@@ -46,10 +46,10 @@ class ScratchStudy:
             self.tokenizer.save_pretrained(self.folder / f"thinks-{seed}")
         lines = []
         for kind, test in self.tests.items():
-            sums = scratch_training.measure(model, test, self.tokenizer, hard[kind], ways, seed)
+            sums = scratch_training.measure(model, test, hard[kind], ways, seed)
             more: dict[str, float] = {}
             if test.questions and stage != "control":
-                more["useful"] = scratch_training.useful_share(model, test, self.tokenizer, seed)
+                more["useful"] = scratch_training.useful_share(model, test, seed)
                 more["told"] = scratch_base.told_accuracy(model.base, self.tokenizer, kind, test.questions)
             for way, name in names.items():
                 lines.append(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from experiments.scratch_model.kinds import KINDS, Question
+from experiments.scratch_model.kinds import KINDS, BuiltQuestion
 from experiments.scratch_model.scratch_base import prose
 from qstar.config import QuietStarConfig
 from qstar.data import encode
@@ -30,10 +30,8 @@ BATCH = 32  # rows of a test's batch; thoughts are shuffled within it
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How every condition trains on from the base model.
-
-    kinds: those whose text it sees, each as often as the others and as prose, in spans of prose_tokens.
-    """
+    """How every condition trains on from the base model; kinds: those whose text it sees, each as often as
+    the others and as prose, in spans of prose_tokens."""
 
     steps: int = 160
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
@@ -79,31 +77,33 @@ def train(
 @dataclass(frozen=True)
 class Unseen:
     """The tests of one kind: spans of unseen text whose tokens are scored, and questions (of prose none).
-
-    words: the token ids of all answers that the kind has.
-    """
+    words: the token ids of all answers that the kind has."""
 
     kind: str
+    tokenizer: PreTrainedTokenizerBase
     spans: list[Span]
-    questions: list[Question]
+    questions: list[BuiltQuestion]
     words: list[int]
 
     @classmethod
     def make(cls, kind: str, tokenizer: PreTrainedTokenizerBase, questions: int, texts: int) -> Unseen:
-        """Make the tests, the same for every seed.
-
-        The texts are the documents of the first questions, or spans of 64 tokens of prose. Raises ValueError
-        for more spans than the prose has.
-        """
+        """Make the tests, the same for every seed; texts: documents of the first questions, or spans of 64
+        tokens of prose. Raises ValueError for more spans than the prose has."""
         if kind == PROSE:
             found = spans([prose().held_out], tokenizer, 64)
             if not 1 <= texts <= len(found):
                 raise ValueError(f"texts = {texts}: must be in [1, {len(found)}]")
-            return cls(kind, found[:texts], [], [])
+            return cls(kind, tokenizer, found[:texts], [], [])
         asked = KINDS[kind].questions(questions, "test", held_out=True)
         documents = [question.document() for question in asked[:texts]]
         words = [ids[0] for ids in tokenizer([f" {answer}" for answer in KINDS[kind].answers])["input_ids"]]
-        return cls(kind, spans(documents, tokenizer, 64), asked, words)
+        return cls(kind, tokenizer, spans(documents, tokenizer, 64), asked, words)
+
+    @property
+    def ends(self) -> list[tuple[list[int], list[int]]]:
+        """The questions as token ids, and the position of each one's last token."""
+        texts = [question.text for question in self.questions]
+        return [(ids, [len(ids) - 1]) for ids in self.tokenizer(texts)["input_ids"]]
 
 
 def hard(base: QuietStarForCausalLM, test: Unseen) -> list[Tensor]:
@@ -115,10 +115,8 @@ def hard(base: QuietStarForCausalLM, test: Unseen) -> list[Tensor]:
 def text_scores(
     model: QuietStarForCausalLM, test: Unseen, ways: tuple[str, ...], seed: int
 ) -> dict[str, list[dict[str, Tensor]]]:
-    """Score every token of the spans, by way, with a greedy thought at every position.
-
-    Each span has nll [tokens] in nats and top [tokens] bool: whether the likeliest token was right.
-    """
+    """Score every token of the spans, by way, with a greedy thought at every position: nll [tokens] in nats,
+    and top [tokens] bool, whether the likeliest token was right."""
     found: dict[str, list[dict[str, Tensor]]] = {way: [] for way in ways}
     asked = [(span.input_ids, span.at) for span in test.spans]
     for batch, at, predictions in _predicted(model, asked, ways, seed):
@@ -132,42 +130,25 @@ def text_scores(
 
 
 def answers(
-    model: QuietStarForCausalLM,
-    test: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    ways: tuple[str, ...],
-    seed: int,
+    model: QuietStarForCausalLM, test: Unseen, ways: tuple[str, ...], seed: int
 ) -> dict[str, list[int]]:
-    """Return, by way, 1 for every question whose answer is the likeliest word of its kind, else 0.
-
-    The answer comes right after the question, or after a greedy thought there.
-    """
-    asked = _at_their_ends(test.questions, tokenizer)
+    """Return, by way, 1 for every question whose answer is the likeliest word of its kind, else 0: right
+    after the question or after a greedy thought."""
     right = [list(KINDS[test.kind].answers).index(question.answer) for question in test.questions]
     said: dict[str, list[int]] = {way: [] for way in ways}
-    for _, _, predictions in _predicted(model, asked, ways, seed):
+    for _, _, predictions in _predicted(model, test.ends, ways, seed):
         for way in ways:
             said[way] += predictions[way].logits(model.head)[:, test.words].argmax(-1).tolist()
     return {way: [int(a == b) for a, b in zip(found, right)] for way, found in said.items()}
 
 
-def useful_share(
-    model: QuietStarForCausalLM, test: Unseen, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> float:
+def useful_share(model: QuietStarForCausalLM, test: Unseen, seed: int) -> float:
     """Return the share of thoughts, sampled at the end of the questions, that are the useful aside."""
-    asked = _at_their_ends(test.questions, tokenizer)
     sampled = Thinking(temperature=1.0)
-    thoughts = torch.cat(
-        [x["thoughts"].tokens for *_, x in _predicted(model, asked, ("thoughts",), seed, sampled)]
-    )
-    useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in test.questions])["input_ids"])
+    predicted = _predicted(model, test.ends, ("thoughts",), seed, sampled)
+    thoughts = torch.cat([x["thoughts"].tokens for *_, x in predicted])
+    useful = torch.tensor(test.tokenizer([f" {q.useful_aside}" for q in test.questions])["input_ids"])
     return float((thoughts == useful).all(-1).float().mean())
-
-
-def _at_their_ends(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    return [(ids, [len(ids) - 1]) for ids in tokenizer([q.text for q in questions])["input_ids"]]
 
 
 def _predicted(
@@ -187,25 +168,13 @@ def _predicted(
             yield batch, at, predict(model, batch, at, ways, how, source)
 
 
-def tests(tokenizer: PreTrainedTokenizerBase, questions: int, texts: int) -> dict[str, Unseen]:
-    return {kind: Unseen.make(kind, tokenizer, questions, texts) for kind in (*KINDS, PROSE)}
-
-
 def measure(
-    model: QuietStarForCausalLM,
-    test: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: list[Tensor],
-    ways: tuple[str, ...],
-    seed: int,
+    model: QuietStarForCausalLM, test: Unseen, chosen: list[Tensor], ways: tuple[str, ...], seed: int
 ) -> dict[str, dict[str, list]]:
-    """Return the sums of every cluster (a question, of prose a span), by way.
-
-    correct of asked, nll of tokens, and hard_nll of hard tokens, those that `chosen` marks. Of prose every
-    token is asked for.
-    """
+    """Return the sums of every cluster (a question, of prose a span), by way: correct of asked (of prose,
+    every token); nll of tokens; hard_nll of hard tokens, those that `chosen` marks."""
     text = text_scores(model, test, ways, seed)
-    said = answers(model, test, tokenizer, ways, seed) if test.questions else {}
+    said = answers(model, test, ways, seed) if test.questions else {}
     found: dict[str, dict[str, list]] = {}
     for way in ways:
         rows = text[way]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.shared import study
-from experiments.shared.fine_tuning import FineTuning
+from experiments.shared.fine_tuning import FineTuning, fine_tune
 from experiments.two_hop_facts import facts_results, facts_training
 from experiments.two_hop_facts.facts_results import OVER_CONTROL, OVER_SHUFFLED, thoughts
 from experiments.two_hop_facts.facts_task import TEST_FACTS, Split
@@ -69,12 +70,7 @@ def prove(args: FactsArguments) -> None:
     key = itemgetter("seed", "split", "condition")
     found = ResultsFile(folder / "results.jsonl", "those of a proof", key, ("facts", "correct"), settings)
     thinking = {"pause": 0, **{thoughts(k): k for k in args.lengths}}
-    todo = [
-        (seed, split, condition)
-        for seed in args.seeds
-        for split in range(args.splits)
-        for condition in ("before", "control", *thinking)
-    ]
+    todo = list(product(args.seeds, range(args.splits), ("before", "control", *thinking)))
     for seed, number, condition in tqdm(todo, desc="conditions"):
         if (seed, number, condition) not in found:
             about = {"seed": seed, "split": number, "condition": condition}
@@ -116,13 +112,14 @@ def _measure(model: str, recipe: FineTuning, split: Split, about: Row, length: i
         trained = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     else:
         config = None if length is None else facts_training.thinking(length)
-        trained = facts_training.train(model, split, config, recipe, about["seed"])
+        rows = split.rows(split.train)
+        trained = fine_tune(model, split.tokenizer, rows, config, recipe, about["seed"])
     answers = facts_training.answers(trained, split, about["seed"])
     names = ("w = 1", "w = 0", "shuffled") if length else ()  # a pause has no content to shuffle
     # the condition itself comes last: where its row is, there are the others
     tests = {f"{about['condition']}, {name}": answers[name] for name in names}
     tests[about["condition"]] = answers["plain" if length is None else "thoughts"]
-    rows = [
+    results = [
         about
         | {
             "condition": name,
@@ -134,8 +131,8 @@ def _measure(model: str, recipe: FineTuning, split: Split, about: Row, length: i
         }
         for name, answer in tests.items()
     ]
-    rows[-1]["seconds"] = time.perf_counter() - began
-    return rows
+    results[-1]["seconds"] = time.perf_counter() - began
+    return results
 
 
 if __name__ == "__main__":

@@ -28,11 +28,8 @@ def accuracy(rows: list[Row]) -> dict[str, dict[tuple[int, int], float]]:
 
 
 def summary(rows: list[Row], lengths: list[int]) -> tuple[list[Row], list[Row]]:
-    """Return (a row of each condition, a row of each difference that the claim is about).
-
-    The bootstrap draws facts: one that is in the test of several splits and seeds stays together. Conditions
-    that some split or seed lacks are left out.
-    """
+    """Return (a row of each condition that every split and seed has, a row of each difference that the claim
+    is about). The bootstrap draws facts: one that several splits and seeds test stays together."""
     shares = accuracy(rows)
     runs = max(len(x) for x in shares.values())
     tests = ("w = 1", "w = 0", "shuffled", "")

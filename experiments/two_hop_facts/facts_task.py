@@ -20,10 +20,7 @@ TEST_FACTS = 100
 
 @dataclass(frozen=True)
 class Split:
-    """Facts to train on, and facts to test with that are in no training text.
-
-    letters: the token ids of " A" to " Z".
-    """
+    """Facts to train on, and others to test with; letters: the token ids of " A" to " Z"."""
 
     tokenizer: PreTrainedTokenizerBase
     train: list[Fact]
@@ -32,11 +29,8 @@ class Split:
 
     @classmethod
     def make(cls, tokenizer: PreTrainedTokenizerBase, number: int, test_facts: int = TEST_FACTS) -> Split:
-        """Draw the split of this number.
-
-        Raises ValueError where a letter is not one token, and for a test_facts that leaves no fact of its
-        kind to train on.
-        """
+        """Draw the split of this number. Raises ValueError where a letter is not one token, and for a
+        test_facts that leaves no fact of its kind to train on."""
         spelt = tokenizer([f" {x}" for x in string.ascii_uppercase], add_special_tokens=False)["input_ids"]
         if any(len(ids) != 1 for ids in spelt):
             raise ValueError("model: its tokenizer has not every letter after a space as one token")
@@ -49,10 +43,7 @@ class Split:
         return cls(tokenizer, tested[test_facts:] + others, tested[:test_facts], [ids[0] for ids in spelt])
 
     def rows(self, of: list[Fact]) -> list[dict[str, list[int]]]:
-        """Make rows of question, letter and full stop.
-
-        Only the letter is a target, and only before it the model thinks.
-        """
+        """Make rows of question, letter and full stop; the model thinks before the letter, the one target."""
         (stop,) = self.tokenizer(["."], add_special_tokens=False)["input_ids"]
         rows = []
         for fact in of:

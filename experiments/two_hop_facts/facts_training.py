@@ -1,4 +1,4 @@
-"""Train one condition of the study, and test it on facts that it has not seen."""
+"""Set the method up for this study, and test a model on facts that it has not seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from qstar_kernels.vocabulary import logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.shared.fine_tuning import FineTuning, fine_tune
 from experiments.two_hop_facts.facts_task import Split
 from qstar.config import QuietStarConfig
 from qstar.data import collate
@@ -18,11 +17,8 @@ from qstar.model import QuietStarForCausalLM, in_eval_mode
 
 
 def thinking(thought_length: int) -> QuietStarConfig:
-    """Return the settings of the method in this study.
-
-    Thoughts begin as if with " is" and are written by the frozen base model. The model learns to read them by
-    an additional loss of the prediction after them alone.
-    """
+    """Return this study's settings of the method: thoughts begin as if with " is", are written by the frozen
+    base model, and are read by an additional loss of the prediction after them alone."""
     return QuietStarConfig(
         thought_length=thought_length,
         talk_length=1,
@@ -36,13 +32,6 @@ def thinking(thought_length: int) -> QuietStarConfig:
         base_weight=0.0,
         talk_weight=1.0,
     )
-
-
-def train(
-    path: str, split: Split, config: QuietStarConfig | None, recipe: FineTuning, seed: int
-) -> PreTrainedModel:
-    """Train the model in the folder `path` on a split; config None is the control, which does not think."""
-    return fine_tune(path, split.tokenizer, split.rows(split.train), config, recipe, seed)
 
 
 @dataclass(frozen=True)
@@ -67,11 +56,9 @@ class Answers:
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, split: Split, seed: int = 0) -> dict[str, Answers]:
-    """Answer the test facts, by condition of the test.
-
-    A plain model has "plain"; one that thinks has "w = 0" (its own base prediction), "w = 1" (after the
-    thought alone), "thoughts" (greedy, mixed) and "shuffled" (each thought with another question, mixed).
-    """
+    """Answer the test facts, by condition of the test: of a plain model "plain"; of one that thinks "w = 0"
+    (its own base prediction), "w = 1" (after the thought alone), "thoughts" (greedy, mixed) and "shuffled"
+    (each thought with another question, mixed)."""
     batch = collate(split.rows(split.test))
     rows = TextRows.from_batch(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
     right = torch.tensor([split.letters.index(split.letter(fact)) for fact in split.test])

@@ -50,7 +50,7 @@ _HELD_OUT_SHARE = 10  # one walk in so many is never trained on
 
 
 def _streets() -> dict[str, dict[str, str]]:
-    """Draw where each direction leads from each place, always the same: permutations without a fixed point."""
+    """Draw where each direction leads, always the same: permutations of PLACES without a fixed point."""
     draw = random.Random("streets")
     streets = {}
     for direction in DIRECTIONS:
@@ -122,7 +122,7 @@ def useless_aside(draw: random.Random) -> str:
 
 
 def document(draw: random.Random, aside_share: float, useful_share: float) -> str:
-    """Draw a walk's text; `aside_share` of them carry an aside, of which `useful_share` spell the walk out."""
+    """Draw a walk's text; `aside_share` of them have an aside, of which `useful_share` spell the walk out."""
     found = walk(draw)
     if draw.random() >= aside_share:
         return found.text()

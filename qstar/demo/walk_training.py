@@ -41,8 +41,8 @@ LEARNING_RATE, MIXING_LEARNING_RATE = 1e-4, 1e-3
 def thinking(thought_length: int = STEPS, policy_weight: float = 1.0) -> QuietStarConfig:
     """Return the demo's settings of the method.
 
-    The policy term enters with weight 1 and no temperature. `<start>` and `<end>` learn as slowly as the rest,
-    since they begin as the dash, which the model knows already.
+    The policy term enters with weight 1 and no temperature. `<start>` and `<end>` learn as slowly as the
+    rest, since they begin as the dash, which the model knows already.
     """
     return QuietStarConfig(
         thought_length=thought_length,
@@ -160,8 +160,8 @@ def fit_rows(
 
 @torch.no_grad()
 def direct_accuracy(model: PreTrainedModel, task: WalkTask) -> float:
-    """Return the share of unseen walks whose answer is the likeliest place right after the question (and after
-    a greedy thought, where the model thinks)."""
+    """Return the share of unseen walks whose answer is the likeliest place right after the question (where
+    the model thinks, after a greedy thought)."""
     if isinstance(model, QuietStarForCausalLM):
         result = _answers(model, task, thought_temperature=0.0, output_logits=True)
         assert result.logits is not None

@@ -280,7 +280,7 @@ def thinker(tokenizer):
 @torch.no_grad()
 def test_answers_are_those_that_the_model_generates_and_w_0_is_the_base_model_alone(thinker, tokenizer):
     unseen = scratch_training.Unseen.make("sorting", tokenizer, questions=12, texts=3)
-    found = scratch_training.answers(thinker, unseen, tokenizer, scratch_training.WAYS, seed=0)
+    found = scratch_training.answers(thinker, unseen, scratch_training.WAYS, seed=0)
     for i, question in enumerate(unseen.questions):
         ids = torch.tensor(tokenizer([question.text])["input_ids"])
         options = {"max_new_tokens": 1, "thought_temperature": 0.0, "pad_token_id": 0, "output_logits": True}
@@ -326,7 +326,7 @@ def test_sums_of_the_tests_add_up_and_hard_tokens_are_the_tenth_that_the_base_fi
     )
     at = torch.cat(chosen)
     assert at.sum() == round(len(nll) / 10) and nll[at].min() >= nll[~at].max()
-    sums = scratch_training.measure(thinker, unseen, tokenizer, chosen, ("without",), 0)["without"]
+    sums = scratch_training.measure(thinker, unseen, chosen, ("without",), 0)["without"]
     assert sums["asked"] == [1] * 6 and sum(sums["tokens"]) == len(nll) and sum(sums["hard"]) == at.sum()
     assert sum(sums["nll"]) == pytest.approx(float(nll.sum()), rel=1e-4)
     assert sum(sums["hard_nll"]) == pytest.approx(float(nll[at].sum()), rel=1e-4)
@@ -334,7 +334,7 @@ def test_sums_of_the_tests_add_up_and_hard_tokens_are_the_tenth_that_the_base_fi
 
 def test_a_thought_that_is_the_useful_aside_is_counted(thinker, tokenizer, monkeypatch):
     unseen = scratch_training.Unseen.make("sums", tokenizer, questions=4, texts=1)
-    assert scratch_training.useful_share(thinker, unseen, tokenizer, seed=0) == 0
+    assert scratch_training.useful_share(thinker, unseen, seed=0) == 0
     useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in unseen.questions])["input_ids"])
     useful[1, 3] += 1
 
@@ -343,7 +343,7 @@ def test_a_thought_that_is_the_useful_aside_is_counted(thinker, tokenizer, monke
         return useful[:, None, None]
 
     monkeypatch.setattr(QuietStarForCausalLM, "sample_thoughts", written)
-    assert scratch_training.useful_share(thinker, unseen, tokenizer, seed=0) == 0.75
+    assert scratch_training.useful_share(thinker, unseen, seed=0) == 0.75
 
 
 # -- the verdict

@@ -9,7 +9,7 @@ import torch
 from tiny_models import base_model
 from tiny_tokenizer import tiny_tokenizer
 
-from experiments.shared.fine_tuning import FineTuning
+from experiments.shared.fine_tuning import FineTuning, fine_tune
 from experiments.two_hop_facts import facts_results, facts_training
 from experiments.two_hop_facts.__main__ import main
 from experiments.two_hop_facts.facts import TESTED, facts
@@ -79,10 +79,14 @@ def test_a_tokenizer_without_the_letters_is_refused():
 # -- training and testing
 
 
+def trained(folder, split, config):
+    recipe = FineTuning(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
+    return fine_tune(str(folder), split.tokenizer, split.rows(split.train), config, recipe, seed=0)
+
+
 @pytest.fixture(scope="module")
 def thinker(split, folder):
-    recipe = FineTuning(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
-    return facts_training.train(str(folder), split, facts_training.thinking(2), recipe, seed=0)
+    return trained(folder, split, facts_training.thinking(2))
 
 
 @torch.no_grad()
@@ -118,8 +122,7 @@ def test_shuffled_thoughts_are_those_of_other_questions_and_change_the_answers(t
 
 
 def test_the_control_moves_the_same_layers_and_nothing_else(split, folder, thinker):
-    recipe = FineTuning(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
-    control = facts_training.train(str(folder), split, None, recipe, seed=0)
+    control = trained(folder, split, None)
     begun = base_model(vocab_size=len(split.tokenizer)).state_dict()
 
     def moved(model):
