@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAI
 QSTAR := --no-build-isolation --editable
 export TIMEFORMAT := set-up: %R s
 
-.PHONY: setup demo proof proof-real test test-all lint compat bench models look gpu clean
+.PHONY: setup demo proof proof-real curves test test-all lint compat bench models look gpu clean
 
 # what `make demo` needs; torch alone and first: its pin picks the build, every later package finds it there
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
@@ -32,15 +32,19 @@ demo: $(READY)
 # does a small model, made from scratch, learn to think on several kinds of text? make proof SEEDS='1 2 3 4 5'
 SEEDS ?= 0
 proof: $(READY)
-	$(BIN)/qstar proof --seeds $(SEEDS)
+	$(BIN)/python -m experiments.scratch_model --seeds $(SEEDS)
 
-# make proof-real MODEL=FOLDER, where SmolLM2-135M lies: (a) a built two-hop task on real facts; with TEXT=FILE, of
-# GSM8K's format, also (b) natural text
+# does a real model think? make proof-real MODEL=FOLDER (of SmolLM2-135M): a built two-hop task on real facts; with
+# TEXT=FILE (in GSM8K's format) also natural text
 proof-real: $(READY)
-	$(BIN)/qstar proof-real --model '$(MODEL)' --seeds $(SEEDS)
+	$(BIN)/python -m experiments.two_hop_facts --model '$(MODEL)' --seeds $(SEEDS)
 ifdef TEXT
-	$(BIN)/qstar proof-text --model '$(MODEL)' --data '$(TEXT)'
+	$(BIN)/python -m experiments.gsm8k_text --model '$(MODEL)' --data '$(TEXT)'
 endif
+
+# docs/curves.md: how the demo's model learns, by one knob of the method at a time, five seeds each
+curves: $(READY)
+	$(BIN)/python -m experiments.curves
 
 # on two workers, each of which takes tests from the other once its own half is done
 PYTEST := -m pytest -n 2 --dist worksteal --durations=15

@@ -1,0 +1,1 @@
+"""Study the method: programs, one a folder, that train small models and say whether they learn to think."""

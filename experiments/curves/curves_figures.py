@@ -1,14 +1,13 @@
-"""Figures and table of the learning curves, from the rows of finished runs alone."""
+"""Make the figures and the table of the learning curves from the rows of finished runs alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from qstar_bench.report.run_plots import style
 
-from experiments.curves.curves_run import Row
+from experiments.shared.comparison import Row
+from experiments.shared.figures import drawing
 from qstar.demo.town import CHANCE
 
 LEARNED = 0.5  # direct accuracy
@@ -22,24 +21,21 @@ PANELS = {
 
 
 def values(row: Row, name: str) -> list[float]:
-    """Over the points of a run; a point that lacks it is NaN: no reward is known before the first step."""
+    """Return a figure at every point of a run; NaN where it is missing, like the first reward."""
     return [point.get(name, np.nan) for point in row["points"]]
 
 
 def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
-    """A PNG: each panel over the training steps, a thin line for every seed and a thick one for their mean;
-    and what is reached at the end, a dot for every seed and a bar for their mean."""
+    """Draw each panel over the training steps, and what is reached at the end, as a PNG: a thin line or a
+    mark for every seed, a thick line or a bar for their mean."""
     lengths = {values(rows[0], "step")[-1] for rows in levels.values()}
-    with style("black") as pyplot:
-        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    with drawing(path, 2, 3, (13, 7)) as (figure, axes):
         for (key, label), axis in zip(PANELS.items(), axes.flat):
-            for (level, rows), colour in zip(levels.items(), colours):
+            for i, (level, rows) in enumerate(levels.items()):
                 steps = values(rows[0], "step")
                 curves = np.array([values(row, key) for row in rows])
-                for curve in curves:
-                    axis.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.6)
-                axis.plot(steps, curves.mean(0), color=colour, linewidth=2, label=level)
+                axis.plot(steps, curves.T, color=f"C{i}", linewidth=0.7, alpha=0.6)
+                axis.plot(steps, curves.mean(0), color=f"C{i}", linewidth=2, label=level)
             axis.set_title(label)
             axis.set_xlabel("training step")
             if max(lengths) > min(lengths):
@@ -51,10 +47,10 @@ def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
 
         axis = axes.flat[-1]
         for shift, marker, key in ((-0.15, "o", "direct_accuracy"), (0.15, "^", "useful_share")):
-            for at, ((_, rows), colour) in enumerate(zip(levels.items(), colours)):
+            for at, rows in enumerate(levels.values()):
                 ends = [values(row, key)[-1] for row in rows]
-                axis.plot([at + shift] * len(ends), ends, marker, color=colour, alpha=0.6)
-                axis.hlines(np.mean(ends), at + shift - 0.12, at + shift + 0.12, color=colour)
+                axis.plot([at + shift] * len(ends), ends, marker, color=f"C{at}", alpha=0.6)
+                axis.hlines(np.mean(ends), at + shift - 0.12, at + shift + 0.12, color=f"C{at}")
         axis.set_xticks(range(len(levels)), levels, fontsize=8, rotation=20, ha="right")
         axis.set_ylim(-0.05, 1.05)
         axis.set_title("at the end: accuracy ●, useful thoughts ▲")
@@ -62,18 +58,15 @@ def draw(name: str, levels: dict[str, list[Row]], path: Path) -> None:
         figure.suptitle(
             f"{name}: a thin line for each of {' or '.join(map(str, seeds))} seeds, thick their mean"
         )
-        figure.savefig(path, dpi=80)
-        pyplot.close(figure)
 
 
 def first_over(row: Row, accuracy: float) -> int | None:
-    """The first step looked at after which the direct accuracy is over it."""
+    """Return the first step at which the direct accuracy was measured to be over `accuracy`."""
     return next((p["step"] for p in row["points"] if p["direct_accuracy"] > accuracy), None)
 
 
-def summary(name: str, levels: dict[str, list[Row]]) -> list[dict[str, Any]]:
-    """A row for each level: how many seeds have learned, and of all seeds the mean, least and largest at the
-    end."""
+def summary(name: str, levels: dict[str, list[Row]]) -> list[Row]:
+    """Return a row for each level: how many seeds have learned, and what all have reached at the end."""
     found = []
     for level, rows in levels.items():
         ends = {key: [values(row, key)[-1] for row in rows] for key in ("useful_share", "mixed_nll")}

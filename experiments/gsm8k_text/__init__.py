@@ -1,1 +1,1 @@
-"""Does a real language model think on natural text? GSM8K's, in every condition: `qstar proof-text`."""
+"""Ask whether a real language model thinks on natural text, the worked solutions of GSM8K."""

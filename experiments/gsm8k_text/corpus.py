@@ -1,8 +1,8 @@
-"""Worked solutions in GSM8K's format, as text, as rows to train on and as spans to measure with.
+"""Read worked solutions in GSM8K's format: as text, as rows to train on, as spans to measure with.
 
 An answer of GSM8K writes every calculation twice: `sold 48/2 = <<48/2=24>>24 clips`. The annotation between
-the angle brackets is never part of the text. What comes before it stays (`calculations` "kept") or is taken
-out (`sold 24 clips`): then the number needs a step that the text does not show, and an aside can hold it.
+the angle brackets is never part of the text. What comes before it is kept or removed (`sold 24 clips`), as
+`calculations` says. Once removed, it is a step to the number that the text does not show but an aside can.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _ASIDE = re.compile(rf"^{_NUMBER}(?:{_OPERATOR}{_NUMBER})+=")
 
 @dataclass(frozen=True)
 class Worked:
-    """A text as token ids; results: of every result of a calculation where its first token lies, and the
-    calculation itself, as the annotation has it (`48/2=24`), in token ids."""
+    """A text as token ids; results: for the first token of every calculation's result, the calculation
+    (`48/2=24`) as token ids."""
 
     input_ids: list[int]
     results: dict[int, list[int]]
 
 
 def read(data: str, tokenizer: Any, calculations: str, longest: int) -> list[Worked]:
-    """The texts of a JSONL file with `question` and `answer` that have at most `longest` tokens, in order.
+    """Return the texts of a JSONL file with `question` and `answer` that have at most `longest` tokens.
 
     Raises ValueError for a file that cannot be read, a record without these two texts, and a tokenizer that
-    does not say where its tokens lie.
+    does not tell where its tokens lie.
     """
     if calculations not in CALCULATIONS:
         raise ValueError(f"calculations = {calculations!r}: must be one of {', '.join(CALCULATIONS)}")
@@ -59,7 +59,7 @@ def read(data: str, tokenizer: Any, calculations: str, longest: int) -> list[Wor
 
 
 def worked_text(question: str, answer: str, calculations: str) -> tuple[str, dict[int, str]]:
-    """(the text; where in it the result of a calculation begins: the calculation)."""
+    """Return the text, and each calculation by where in the text its result begins."""
     text = f"Question: {question.strip()}\nAnswer: "
     marks: dict[int, str] = {}
     end = 0
@@ -90,8 +90,8 @@ def _encoded(text: str, marks: dict[int, str], tokenizer: Any) -> Worked:
 def text_rows(
     texts: Sequence[Worked], positions: int | None = None, seed: int = 0
 ) -> list[dict[str, list[int]]]:
-    """Rows to train on. positions: think before every result, and at so many other tokens of each text, drawn
-    at random; None leaves the choice to the config."""
+    """Make rows to train on; positions: think before every result and at so many other tokens of each text,
+    drawn at random; None leaves the choice to the config."""
     rows = []
     for number, text in enumerate(texts):
         n = len(text.input_ids)
@@ -105,7 +105,7 @@ def text_rows(
 
 
 def dash(tokenizer: Any) -> int:
-    """The token that asides and thoughts begin and end with. ValueError where no dash is one token."""
+    """Return the token that asides and thoughts begin and end with; ValueError where no dash is one token."""
     token, _ = boundary_token_id(tokenizer, "asides", SUBSTITUTES[0])
     if token is None:
         raise ValueError(f"model: none of {SUBSTITUTES} is one token of its tokenizer")
@@ -115,9 +115,11 @@ def dash(tokenizer: Any) -> int:
 def aside_rows(
     texts: Sequence[Worked], length: int, mark: int, share: float = 0.8, seed: int = 0
 ) -> Iterator[dict[str, list[int]]]:
-    """Rows in which a share of the calculations, drawn at random, stand in an aside before their result: the
-    token `mark`, the calculation filled up with marks to `length` tokens, a mark. That is the shape of a
-    thought. Longer ones have none. That an aside begins is no target: the text must not learn to begin one.
+    """Yield rows in which a share of the calculations, drawn at random, are asides before their result.
+
+    An aside has the shape of a thought: the token `mark`, the calculation filled up with marks to `length`
+    tokens, a mark. Longer calculations have no aside. The first mark is no target: the model must not learn
+    to begin an aside.
     """
     for number, text in enumerate(texts):
         draw = random.Random(f"{seed} {number}")
@@ -137,7 +139,7 @@ def aside_rows(
 
 
 def drawn_spans(texts: Sequence[Worked], tokens: int, seed: int = 0) -> list[Span]:
-    """Of every text so many targets, drawn at random."""
+    """Draw so many targets of every text."""
     found = []
     for number, text in enumerate(texts):
         n = len(text.input_ids) - 1
@@ -147,7 +149,7 @@ def drawn_spans(texts: Sequence[Worked], tokens: int, seed: int = 0) -> list[Spa
 
 
 def result_spans(texts: Sequence[Worked]) -> list[Span]:
-    """Of every text the first token of each result of a calculation."""
+    """Choose the first token of every calculation's result as target."""
     return [
         Span(text.input_ids, [at - 1 for at in sorted(text.results)], number)
         for number, text in enumerate(texts)

@@ -1,9 +1,7 @@
-"""The conditions of the proof on text: how each comes about, and what is asked of it."""
+"""Train and test every condition of the study."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from experiments.gsm8k_text.corpus import Worked, aside_rows, dash, text_rows
-from experiments.two_hop_facts.facts_training import Recipe, fit
+from experiments.shared.fine_tuning import FineTuning, fine_tune
+from experiments.shared.small_llama import digest, made_once
 from qstar.checkpoint import fingerprint
 from qstar.config import QuietStarConfig
 from qstar.evaluation.predictions import ALONE, ThoughtSampling, pause_token
@@ -23,7 +22,7 @@ from qstar.model import QuietStarForCausalLM
 
 BASE, TOLD, CONTROL, WITHOUT, THOUGHTS = "base", "after the asides", "control", "w = 0", "thoughts"
 SHUFFLED, ALONE_NAME = "shuffled thoughts", "w = 1"
-# of the model that thinks, in the order of the tables; "thoughts" is what the others are held against
+# conditions of the model that thinks, in the order of the tables; the others are compared with "thoughts"
 TESTS = {
     "without": WITHOUT,
     "pause": "pause",
@@ -36,42 +35,40 @@ EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
-class Study:
-    """asides: the phase in which the calculations stand in sight (0 steps: there is none); recipe: of what
-    follows it, with thoughts or without; positions: of `text_rows`; folder: where the model after the asides
-    is kept."""
+class Gsm8kStudy:
+    """What all conditions share.
+
+    asides: how the model trains while the calculations stand in sight (0 steps: there is no such phase).
+    recipe: of what follows, with thoughts or without. positions: as `text_rows` takes them. folder: where the
+    model after the asides is kept.
+    """
 
     model: str
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[Worked]
     config: QuietStarConfig
-    recipe: Recipe
-    asides: Recipe
+    recipe: FineTuning
+    asides: FineTuning
     positions: int | None
     seed: int
     folder: Path
 
     def begun(self) -> str:
-        """The folder of the model from which the control and the one that thinks go on."""
+        """Return the folder of the model from which the control and the one that thinks go on."""
         if not self.asides.steps:
             return self.model
-        folder, about = self.folder / "asides", self.folder / "asides" / "asides.json"
         mark = dash(self.tokenizer)
         rows = list(aside_rows(self.train, self.config.thought_length, mark, seed=self.seed))
-        settings = {
-            "model": fingerprint(self.model),
-            "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-            "seed": self.seed,
-            **asdict(self.asides),
-        }
-        if not (about.is_file() and json.loads(about.read_text()) == settings):
-            told = fit(self.model, self.tokenizer, rows, None, self.asides, self.seed)
-            told.save_pretrained(folder)
-            about.write_text(json.dumps(settings))
-        return str(folder)
+        settings = [fingerprint(self.model), rows, self.seed, asdict(self.asides)]
+        path = made_once(
+            self.folder / f"asides-{digest(settings)}",
+            lambda: fine_tune(self.model, self.tokenizer, rows, None, self.asides, self.seed),
+            self.tokenizer,
+        )
+        return str(path)
 
     def contestants(self) -> list[Contestant]:
-        """In the order of the tables; each is trained when it is opened."""
+        """Return the models in the order of the tables; each is trained when it is opened."""
         rows = text_rows(self.train, self.positions, self.seed)
 
         def plain(load: Callable[[], Any]) -> Callable[[], QuietStarForCausalLM]:
@@ -81,7 +78,7 @@ class Study:
             return lambda: AutoModelForCausalLM.from_pretrained(folder(), dtype="float32")
 
         def trained(config: QuietStarConfig | None) -> Callable[[], Any]:
-            return lambda: fit(self.begun(), self.tokenizer, rows, config, self.recipe, self.seed)
+            return lambda: fine_tune(self.begun(), self.tokenizer, rows, config, self.recipe, self.seed)
 
         judge = {"without": BASE, SMOOTHED: JUDGE}
         found = [Contestant(BASE, plain(read(lambda: self.model)), judge, plain=True)]
@@ -97,8 +94,7 @@ class Study:
         return [name for x in self.contestants() for way, name in x.conditions.items() if way != SMOOTHED]
 
     def measure(self, asked: Sequence[tuple[Sequence[Span], Results]]) -> None:
-        """Add to the results of each list of spans what is missing there; a model of which nothing is missing
-        is not trained again."""
+        """Add to the results of each list of spans what they lack; train no model that none of them lacks."""
         thinking = ThoughtSampling(0.0, pause_token(self.tokenizer))
         for contestant in self.contestants():
             conditions = contestant.conditions.values()

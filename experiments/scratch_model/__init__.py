@@ -1,1 +1,1 @@
-"""Does a small language model learn to think, from text in which nobody shows their steps? `qstar proof`."""
+"""Ask whether a small model learns to think from text in which nobody shows their steps."""

@@ -1,8 +1,8 @@
-"""The built kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
+"""Build kinds of text: questions whose answer takes eight steps in a row, and asides that show them.
 
 A document is a question and its answer, "... Where? barn.", and some writers put an aside between the two,
-"... Where? — via oak pond (and so on) — barn.": a first word, another one for each kind, and the seven
-results before the answer, one token a word, so that every useful aside has STEPS tokens. Asides of no use are
+"... Where? — via oak pond (and so on) — barn.": a first word, which differs between kinds, and the seven
+results before the answer. Each word is one token, so every useful aside has STEPS tokens. Useless asides are
 as long, and the same for all kinds.
 """
 
@@ -30,9 +30,9 @@ COUPLES = 3  # of a generation of the family, whose NAMES are by generation, of 
 
 
 @dataclass(frozen=True)
-class Question:
-    """steps: the STEPS - 1 results before the answer, one word each; begins: the first word of a useful
-    aside, one for each kind."""
+class BuiltQuestion:
+    """A question of one kind; steps: the STEPS - 1 results before the answer, one word each; begins: the
+    first word of the useful aside."""
 
     text: str
     steps: tuple[str, ...]
@@ -44,48 +44,50 @@ class Question:
         return " ".join([self.begins, *self.steps])
 
     def document(self, aside: str | None = None) -> str:
-        """The text, with or without an aside before the answer."""
+        """Return the text, with or without an aside before the answer."""
         return f"{self.text}{f' — {aside} —' if aside else ''} {self.answer}."
 
 
 @dataclass(frozen=True)
 class Kind:
-    """draw: a question at random; answers: every word that can be one."""
+    """A kind of question; draw: draws one at random; answers: every word that can be one."""
 
     name: str
-    draw: Callable[[random.Random], Question]
+    draw: Callable[[random.Random], BuiltQuestion]
     answers: tuple[str, ...]
 
-    def question(self, draw: random.Random, held_out: bool = False) -> Question:
-        """One of the training set, or one of the tenth that no training text contains."""
+    def question(self, draw: random.Random, held_out: bool = False) -> BuiltQuestion:
+        """Draw a question of the training set, or one of the tenth that no training text contains."""
         while True:
             found = self.draw(draw)
             if is_held_out(found.text) == held_out:
                 return found
 
-    def questions(self, count: int, seed: str, held_out: bool = False) -> list[Question]:
+    def questions(self, count: int, seed: str, held_out: bool = False) -> list[BuiltQuestion]:
         draw = random.Random(f"{self.name} {seed}")
         return [self.question(draw, held_out) for _ in range(count)]
 
 
-def walk(draw: random.Random) -> Question:
-    """Chained states: a walk through the demo's town, whose streets are the same in every document."""
+def walk(draw: random.Random) -> BuiltQuestion:
+    """Draw a walk through the demo's town, whose streets are the same in every document."""
     found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
-    return Question(found.question, tuple(found.places[:-1]), found.answer, USEFUL)
+    return BuiltQuestion(found.question, tuple(found.places[:-1]), found.answer, USEFUL)
 
 
-def sum_in_words(draw: random.Random) -> Question:
-    """What a clock of twelve hours shows after so many waits, each of one to LONGEST_WAIT hours."""
+def sum_in_words(draw: random.Random) -> BuiltQuestion:
+    """Ask what a clock of twelve hours shows after waits of one to LONGEST_WAIT hours."""
     hour = draw.randrange(len(NUMBERS))
     waits = [draw.randint(1, LONGEST_WAIT) for _ in range(STEPS)]
     _, *results = (NUMBERS[total % len(NUMBERS)] for total in accumulate(waits, initial=hour))
     words = " ".join(NUMBERS[wait - 1] for wait in waits)
-    return Question(f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1], "until")
+    return BuiltQuestion(
+        f"At {NUMBERS[hour]} wait {words} hours. Now?", tuple(results[:-1]), results[-1], "until"
+    )
 
 
 def _family() -> dict[str, dict[str, str]]:
-    """Who is whose mother, father, eldest and youngest child, drawn once and for all. Each couple has a
-    daughter and a son, who marry into other couples; the first generation has no parents, the last no
+    """Draw who is whose mother, father, eldest and youngest child, always the same. Each couple has a
+    daughter and a son, who marry children of other couples; the first generation has no parents, the last no
     children."""
     draw = random.Random("family")
     family: dict[str, dict[str, str]] = {name: {} for name in NAMES}
@@ -106,8 +108,8 @@ def _family() -> dict[str, dict[str, str]]:
 FAMILY = _family()
 
 
-def kinship(draw: random.Random) -> Question:
-    """Somebody's mother's eldest's father's (and so on), in a family that is the same in every document."""
+def kinship(draw: random.Random) -> BuiltQuestion:
+    """Ask for somebody's mother's eldest's father's (and so on), in a family that is always the same."""
     person = draw.choice(NAMES)
     words, results = [f"Of {person} the"], []
     for _ in range(STEPS):
@@ -115,14 +117,14 @@ def kinship(draw: random.Random) -> Question:
         person = FAMILY[person][relation]
         words.append(relation)
         results.append(person)
-    return Question(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1], "through")
+    return BuiltQuestion(f"{' '.join(words)}. Who?", tuple(results[:-1]), results[-1], "through")
 
 
-def sorting(draw: random.Random) -> Question:
-    """Seven animals, and which is the middle one by the alphabet."""
+def sorting(draw: random.Random) -> BuiltQuestion:
+    """Ask which of seven animals is in the middle by the alphabet."""
     animals = draw.sample(ANIMALS, STEPS - 1)
     order = sorted(animals)
-    return Question(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2], "order")
+    return BuiltQuestion(f"Sort {' '.join(animals)}. Middle?", tuple(order), order[len(order) // 2], "order")
 
 
 KINDS = {
@@ -137,8 +139,7 @@ KINDS = {
 
 
 def document(kind: Kind, draw: random.Random, aside_share: float, useful_share: float) -> str:
-    """A text of the training set; `aside_share` of them carry an aside, of which `useful_share` show the
-    steps."""
+    """Draw a training text; `aside_share` of them carry an aside, of which `useful_share` show the steps."""
     found = kind.question(draw)
     if draw.random() >= aside_share:
         return found.document()

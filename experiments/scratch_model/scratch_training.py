@@ -1,4 +1,4 @@
-"""Quiet-STaR, and the control, on text without asides; and what each of them then says of unseen text."""
+"""Train Quiet-STaR and the control on text without asides, and test both on unseen text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from experiments.scratch_model.kinds import KINDS, Question
+from experiments.scratch_model.kinds import KINDS, BuiltQuestion
 from experiments.scratch_model.scratch_base import prose
 from qstar.base_model import in_eval_mode
 from qstar.config import QuietStarConfig
@@ -26,13 +26,13 @@ from qstar.model import QuietStarForCausalLM
 PROSE = "prose"
 WAYS = ("without", "thoughts", "shuffled")  # of a model that thinks; a plain one has only the first
 POLICY_WEIGHT = 5.0
-BATCH = 32  # of the tests: thoughts are shuffled within it
+BATCH = 32  # rows of a test's batch; thoughts are shuffled within it
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How every condition trains on; kinds: those whose text it sees, all as often, as is prose, in
-    spans of prose_tokens."""
+class TrainingRecipe:
+    """How every condition trains on from the base model; kinds: those whose text it sees, each as often as
+    the others and as prose, in spans of prose_tokens."""
 
     steps: int = 160
     kinds: tuple[str, ...] = ("walks", "sums", "sorting")
@@ -40,12 +40,12 @@ class Recipe:
 
 
 def thinking() -> QuietStarConfig:
-    """The demo's method, with one thought a position."""
+    """Return the demo's settings of the method, with one thought a position."""
     return replace(demo.thinking(policy_weight=POLICY_WEIGHT), num_thoughts=1)
 
 
-def training_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
-    """A document a row, of every kind in turn, none with an aside; and spans of prose."""
+def training_rows(recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict]:
+    """Draw rows of one document each, of every kind in turn and without asides, and of spans of prose."""
     draw = random.Random(f"train {seed}")
     words = tokenizer(prose().later, verbose=False)["input_ids"]
     turns = [*recipe.kinds, PROSE]
@@ -62,14 +62,14 @@ def training_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 
 def thinker(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
-    """The base model as one that has not learned to think yet: w = 0."""
+    """Wrap the base model as one that has not learned to think yet: w = 0."""
     return QuietStarForCausalLM.from_base(base, thinking(), tokenizer=tokenizer).eval()
 
 
 def train(
-    base: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, thinks: bool
+    base: PreTrainedModel, recipe: TrainingRecipe, tokenizer: PreTrainedTokenizerBase, seed: int, thinks: bool
 ) -> PreTrainedModel:
-    """The base model after the same rows in the same order: with thoughts, or (the control) without."""
+    """Train the base model on the same rows in the same order, with thoughts or without (the control)."""
     set_seed(seed)
     model = thinker(base, tokenizer) if thinks else base
     return demo.fit_rows(model, training_rows(recipe, tokenizer, seed), seed)
@@ -77,31 +77,38 @@ def train(
 
 @dataclass(frozen=True)
 class Unseen:
-    """Of one kind, prose included: spans of unseen text whose tokens are scored; and questions, of which the
-    answer is one of `words` (token ids)."""
+    """The tests of one kind: spans of unseen text whose tokens are scored, and questions (of prose none).
+    words: the token ids of all answers that the kind has."""
 
     kind: str
+    tokenizer: PreTrainedTokenizerBase
     spans: list[Span]
-    questions: list[Question]
+    questions: list[BuiltQuestion]
     words: list[int]
 
     @classmethod
     def make(cls, kind: str, tokenizer: PreTrainedTokenizerBase, questions: int, texts: int) -> Unseen:
-        """The same for every seed: so many questions, and as texts the documents of the first of them, or
-        spans of 64 tokens of prose. Raises ValueError for more spans than the prose has."""
+        """Make the tests, the same for every seed; texts: documents of the first questions, or spans of 64
+        tokens of prose. Raises ValueError for more spans than the prose has."""
         if kind == PROSE:
             found = spans([prose().held_out], tokenizer, 64)
             if not 1 <= texts <= len(found):
                 raise ValueError(f"texts = {texts}: must be in [1, {len(found)}]")
-            return cls(kind, found[:texts], [], [])
+            return cls(kind, tokenizer, found[:texts], [], [])
         asked = KINDS[kind].questions(questions, "test", held_out=True)
         documents = [question.document() for question in asked[:texts]]
         words = [ids[0] for ids in tokenizer([f" {answer}" for answer in KINDS[kind].answers])["input_ids"]]
-        return cls(kind, spans(documents, tokenizer, 64), asked, words)
+        return cls(kind, tokenizer, spans(documents, tokenizer, 64), asked, words)
+
+    @property
+    def ends(self) -> list[tuple[list[int], list[int]]]:
+        """The questions as token ids, and the position of each one's last token."""
+        texts = [question.text for question in self.questions]
+        return [(ids, [len(ids) - 1]) for ids in self.tokenizer(texts)["input_ids"]]
 
 
 def hard(base: QuietStarForCausalLM, test: Unseen) -> list[Tensor]:
-    """Of every span, [tokens] bool: the tenth of all tokens of its kind that the base model finds hardest."""
+    """Mark, in [tokens] bool of every span, the tenth of all tokens that the base model finds hardest."""
     nll = [x["nll"] for x in text_scores(base, test, ("without",), seed=0)["without"]]
     return list(hardest(torch.cat(nll)).split([len(x) for x in nll]))
 
@@ -109,8 +116,8 @@ def hard(base: QuietStarForCausalLM, test: Unseen) -> list[Tensor]:
 def text_scores(
     model: QuietStarForCausalLM, test: Unseen, ways: tuple[str, ...], seed: int
 ) -> dict[str, list[dict[str, Tensor]]]:
-    """By way, of every span: nll [tokens] in nats, and top [tokens] bool, whether the likeliest token was
-    right; with a greedy thought at every position."""
+    """Score every token of the spans, by way, with a greedy thought at every position: nll [tokens] in nats,
+    and top [tokens] bool, whether the likeliest token was right."""
     found: dict[str, list[dict[str, Tensor]]] = {way: [] for way in ways}
     asked = [(span.input_ids, span.at) for span in test.spans]
     for batch, at, predictions in _predicted(model, asked, ways, seed):
@@ -124,40 +131,25 @@ def text_scores(
 
 
 def answers(
-    model: QuietStarForCausalLM,
-    test: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    ways: tuple[str, ...],
-    seed: int,
+    model: QuietStarForCausalLM, test: Unseen, ways: tuple[str, ...], seed: int
 ) -> dict[str, list[int]]:
-    """By way, of every question: 1 where the likeliest of all words of its kind is right, right after the
-    question or after a greedy thought there."""
-    asked = _at_their_ends(test.questions, tokenizer)
+    """Return, by way, 1 for every question whose answer is the likeliest word of its kind, else 0: right
+    after the question or after a greedy thought."""
     right = [list(KINDS[test.kind].answers).index(question.answer) for question in test.questions]
     said: dict[str, list[int]] = {way: [] for way in ways}
-    for _, _, predictions in _predicted(model, asked, ways, seed):
+    for _, _, predictions in _predicted(model, test.ends, ways, seed):
         for way in ways:
             said[way] += predictions[way].logits(model.linear_head())[:, test.words].argmax(-1).tolist()
     return {way: [int(a == b) for a, b in zip(found, right)] for way, found in said.items()}
 
 
-def useful_share(
-    model: QuietStarForCausalLM, test: Unseen, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> float:
-    """Share of the thoughts sampled at the end of the questions that are the useful aside, word by word."""
-    asked = _at_their_ends(test.questions, tokenizer)
+def useful_share(model: QuietStarForCausalLM, test: Unseen, seed: int) -> float:
+    """Return the share of thoughts, sampled at the end of the questions, that are the useful aside."""
     sampled = ThoughtSampling(temperature=1.0)
-    thoughts = torch.cat(
-        [x["thoughts"].tokens for *_, x in _predicted(model, asked, ("thoughts",), seed, sampled)]
-    )
-    useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in test.questions])["input_ids"])
+    predicted = _predicted(model, test.ends, ("thoughts",), seed, sampled)
+    thoughts = torch.cat([x["thoughts"].tokens for *_, x in predicted])
+    useful = torch.tensor(test.tokenizer([f" {q.useful_aside}" for q in test.questions])["input_ids"])
     return float((thoughts == useful).all(-1).float().mean())
-
-
-def _at_their_ends(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    return [(ids, [len(ids) - 1]) for ids in tokenizer([q.text for q in questions])["input_ids"]]
 
 
 def _predicted(
@@ -168,7 +160,7 @@ def _predicted(
     how: ThoughtSampling | None = None,
 ) -> Iterable[tuple[dict[str, Tensor], Tensor, dict[str, Any]]]:
     source = torch.Generator().manual_seed(seed)
-    # as even as can be: a thought alone in its batch cannot be shuffled
+    # batches are as even as can be: a thought alone in its batch cannot be shuffled
     parts = max(1, round(len(asked) / BATCH))
     bounds = [i * len(asked) // parts for i in range(parts + 1)]
     with in_eval_mode(model):
@@ -177,22 +169,13 @@ def _predicted(
             yield batch, at, predict(model, batch, at, ways, how, source)
 
 
-def tests(tokenizer: PreTrainedTokenizerBase, questions: int, texts: int) -> dict[str, Unseen]:
-    return {kind: Unseen.make(kind, tokenizer, questions, texts) for kind in (*KINDS, PROSE)}
-
-
 def measure(
-    model: QuietStarForCausalLM,
-    test: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: list[Tensor],
-    ways: tuple[str, ...],
-    seed: int,
+    model: QuietStarForCausalLM, test: Unseen, chosen: list[Tensor], ways: tuple[str, ...], seed: int
 ) -> dict[str, dict[str, list]]:
-    """By way, sums of every cluster (a question, of prose a span): correct of asked; nll of tokens; hard_nll
-    of hard tokens, those that `chosen` says. Prose is asked for every token."""
+    """Return the sums of every cluster (a question, of prose a span), by way: correct of asked (of prose,
+    every token); nll of tokens; hard_nll of hard tokens, those that `chosen` marks."""
     text = text_scores(model, test, ways, seed)
-    said = answers(model, test, tokenizer, ways, seed) if test.questions else {}
+    said = answers(model, test, ways, seed) if test.questions else {}
     found: dict[str, dict[str, list]] = {}
     for way in ways:
         rows = text[way]

@@ -1,1 +1,1 @@
-"""Does a real language model think? A built two-hop task on real facts: `qstar proof-real`."""
+"""Ask whether a real language model thinks on a built two-hop task on real facts."""

@@ -1,10 +1,11 @@
-"""Public knowledge in pairs: of each the model reads the question and says the first letter of the answer."""
+"""List public knowledge in pairs: the model reads the question and says the first letter of the answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-CAPITALS = """
+RELATIONS = {
+    "The capital city of {}": """
 Afghanistan: Kabul, Albania: Tirana, Algeria: Algiers, Angola: Luanda, Argentina: Buenos Aires,
 Armenia: Yerevan, Australia: Canberra, Austria: Vienna, Azerbaijan: Baku, Bahrain: Manama,
 Bangladesh: Dhaka, Belarus: Minsk, Belgium: Brussels, Bhutan: Thimphu, Bolivia: Sucre, Bosnia: Sarajevo,
@@ -26,8 +27,8 @@ South Korea: Seoul, Spain: Madrid, Sudan: Khartoum, Sweden: Stockholm, Switzerla
 Taiwan: Taipei, Tanzania: Dodoma, Thailand: Bangkok, Tunisia: Tunis, Turkey: Ankara, Uganda: Kampala,
 Ukraine: Kyiv, Uruguay: Montevideo, Venezuela: Caracas, Vietnam: Hanoi, Wales: Cardiff, Yemen: Sanaa,
 Zambia: Lusaka, Zimbabwe: Harare
-"""
-OPPOSITES = """
+""",
+    "The exact opposite of {}": """
 hot: cold, cold: hot, big: small, small: large, tall: short, fast: slow, slow: fast, up: down, down: up,
 left: right, right: wrong, good: bad, bad: good, young: old, old: new, new: old, rich: poor, poor: rich,
 happy: sad, sad: happy, light: dark, dark: light, day: night, night: day, black: white, white: black,
@@ -44,8 +45,8 @@ cheap: expensive, expensive: cheap, difficult: easy, easy: difficult, positive: 
 major: minor, public: private, guilty: innocent, ancient: modern, artificial: natural, optimist: pessimist,
 smooth: rough, rough: smooth, sharp: dull, tight: loose, build: destroy, create: destroy, remember: forget,
 question: answer, noise: silence, entrance: exit, inside: outside, wise: foolish
-"""
-STATES = """
+""",
+    "The state capital of {}": """
 Alabama: Montgomery, Alaska: Juneau, Arizona: Phoenix, Arkansas: Little Rock, California: Sacramento,
 Colorado: Denver, Connecticut: Hartford, Delaware: Dover, Florida: Tallahassee, Georgia: Atlanta,
 Hawaii: Honolulu, Idaho: Boise, Illinois: Springfield, Indiana: Indianapolis, Iowa: Des Moines,
@@ -56,8 +57,8 @@ New Mexico: Santa Fe, New York: Albany, North Carolina: Raleigh, North Dakota: B
 Oregon: Salem, Pennsylvania: Harrisburg, South Carolina: Columbia, South Dakota: Pierre,
 Tennessee: Nashville, Texas: Austin, Utah: Salt Lake City, Vermont: Montpelier, Virginia: Richmond,
 Washington: Olympia, Wisconsin: Madison, Wyoming: Cheyenne
-"""
-LANGUAGES = """
+""",
+    "The main language of {}": """
 Algeria: Arabic, Angola: Portuguese, Argentina: Spanish, Australia: English, Austria: German,
 Bangladesh: Bengali, Bolivia: Spanish, Brazil: Portuguese, Bulgaria: Bulgarian, Cambodia: Khmer,
 Chile: Spanish, China: Mandarin, Colombia: Spanish, Cuba: Spanish, Denmark: Danish, Ecuador: Spanish,
@@ -69,16 +70,16 @@ Mozambique: Portuguese, Netherlands: Dutch, Norway: Norwegian, Pakistan: Urdu, P
 Poland: Polish, Portugal: Portuguese, Romania: Romanian, Russia: Russian, Saudi Arabia: Arabic,
 Senegal: French, South Korea: Korean, Spain: Spanish, Sweden: Swedish, Syria: Arabic, Thailand: Thai,
 Tunisia: Arabic, Turkey: Turkish, Ukraine: Ukrainian, Vietnam: Vietnamese, Yemen: Arabic
-"""
-SYMBOLS = """
+""",
+    "The chemical symbol of {}": """
 hydrogen: H, helium: He, lithium: Li, beryllium: Be, boron: B, carbon: C, nitrogen: N, oxygen: O,
 fluorine: F, neon: Ne, sodium: Na, magnesium: Mg, aluminum: Al, silicon: Si, phosphorus: P, sulfur: S,
 chlorine: Cl, argon: Ar, potassium: K, calcium: Ca, titanium: Ti, chromium: Cr, manganese: Mn, iron: Fe,
 cobalt: Co, nickel: Ni, copper: Cu, zinc: Zn, bromine: Br, krypton: Kr, silver: Ag, tin: Sn, iodine: I,
 xenon: Xe, barium: Ba, tungsten: W, platinum: Pt, gold: Au, mercury: Hg, lead: Pb, radon: Rn, radium: Ra,
 uranium: U, plutonium: Pu, antimony: Sb, vanadium: V, gallium: Ga, arsenic: As, rubidium: Rb, cesium: Cs
-"""
-CITIES = """
+""",
+    "The largest city of {}": """
 Australia: Sydney, Bolivia: Santa Cruz, Brazil: Sao Paulo, California: Los Angeles, Canada: Toronto,
 China: Shanghai, Ecuador: Guayaquil, Florida: Jacksonville, Illinois: Chicago, India: Mumbai,
 Kazakhstan: Almaty, Louisiana: New Orleans, Maryland: Baltimore, Michigan: Detroit, Missouri: Kansas City,
@@ -86,22 +87,14 @@ Morocco: Casablanca, Nebraska: Omaha, Nevada: Las Vegas, New York: New York City
 Nigeria: Lagos, Oregon: Portland, Pakistan: Karachi, Pennsylvania: Philadelphia, Switzerland: Zurich,
 Tanzania: Dar es Salaam, Texas: Houston, Turkey: Istanbul, Vietnam: Ho Chi Minh City,
 Virginia: Virginia Beach, Washington: Seattle, Wisconsin: Milwaukee
-"""
-
-RELATIONS = {
-    "The capital city of {}": CAPITALS,
-    "The exact opposite of {}": OPPOSITES,
-    "The state capital of {}": STATES,
-    "The main language of {}": LANGUAGES,
-    "The chemical symbol of {}": SYMBOLS,
-    "The largest city of {}": CITIES,
+""",
 }
 TESTED = ("The capital city of {}", "The exact opposite of {}")  # the others are trained on alone
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`question` without a question mark, as "The capital of France"; `answer`, "Paris"."""
+    """A question without a question mark, such as "The capital of France", and its answer, "Paris"."""
 
     relation: str
     question: str
@@ -113,7 +106,7 @@ class Fact:
 
 
 def facts() -> list[Fact]:
-    """All of them, relation by relation."""
+    """Return all facts, relation by relation."""
     found = []
     for relation, pairs in RELATIONS.items():
         for pair in " ".join(pairs.split()).split(", "):

@@ -1,5 +1,8 @@
-"""The built two-hop task: "The capital of France" -> " P". The first hop is a fact that the model has learned
-("Paris"), the second the first letter of it; neither word nor letter of the answer is ever in the text."""
+"""Build the two-hop task: "The capital of France" -> " P".
+
+The first hop is a fact that the model has learned ("Paris"), the second its first letter. Neither the word
+nor the letter is ever in the text before it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ TEST_FACTS = 100
 
 @dataclass(frozen=True)
 class Split:
-    """train, test: facts, those of `test` in no training text; letters: the token ids of " A" .. " Z"."""
+    """Facts to train on, and others to test with; letters: the token ids of " A" to " Z"."""
 
     tokenizer: PreTrainedTokenizerBase
     train: list[Fact]
@@ -26,8 +29,8 @@ class Split:
 
     @classmethod
     def make(cls, tokenizer: PreTrainedTokenizerBase, number: int, test_facts: int = TEST_FACTS) -> Split:
-        """The split of this number. Raises ValueError where a letter is not one token, and for a test_facts
-        that leaves no fact of its kind to train on."""
+        """Draw the split of this number. Raises ValueError where a letter is not one token, and for a
+        test_facts that leaves no fact of its kind to train on."""
         spelt = tokenizer([f" {x}" for x in string.ascii_uppercase], add_special_tokens=False)["input_ids"]
         if any(len(ids) != 1 for ids in spelt):
             raise ValueError("model: its tokenizer has not every letter after a space as one token")
@@ -40,7 +43,7 @@ class Split:
         return cls(tokenizer, tested[test_facts:] + others, tested[:test_facts], [ids[0] for ids in spelt])
 
     def rows(self, of: list[Fact]) -> list[dict[str, list[int]]]:
-        """Question, letter and a full stop; only the letter is a target, and only before it is thought."""
+        """Make rows of question, letter and full stop; the model thinks before the letter, the one target."""
         (stop,) = self.tokenizer(["."], add_special_tokens=False)["input_ids"]
         rows = []
         for fact in of:
@@ -59,7 +62,7 @@ class Split:
 
     @property
     def numbers(self) -> list[int]:
-        """Of the test facts, in `facts()`."""
+        """Where in `facts()` each test fact stands."""
         every = {fact: i for i, fact in enumerate(facts())}
         return [every[fact] for fact in self.test]
 

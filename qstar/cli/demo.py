@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     began = time.perf_counter()
-    task = walk_training.Task.make(args.seed, args.training_steps, args.test_walks)
+    task = walk_training.WalkTask.make(args.seed, args.training_steps, args.test_walks)
     print(
         f"A tiny language model reads, for instance:\n  {task.test[0].text()}\n"
         f"It knows where each street leads, but not, in one step, where {STEPS} of them do "

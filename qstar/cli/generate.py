@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from qstar.cli.options import parse_options
-from qstar.cli.prompts import check_lengths, done_before, read_records
+from qstar.cli.prompts import answers_file, check_lengths, read_records
 from qstar.data import left_padded
 from qstar.model import QuietStarForCausalLM
 from qstar.reporting import tables
@@ -124,11 +123,11 @@ class Answer:
 def main(argv: list[str]) -> int:
     (args,) = parse_options(GenerateArguments, argv, prog="qstar generate")
     records = _records(args)
-    done = done_before(args.output) if args.output else {}
+    done = answers_file(args.output) if args.output else None
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ends = _ends(model, tokenizer)
-    if args.output is None:
+    if done is None:
         stream = not args.json and len(records) == 1
         answers = [Answer(tokenizer, x["prompt"], ends, args.show_thoughts, stream) for x in records]
         _run(model, tokenizer, answers, args, args.seed)
@@ -142,10 +141,8 @@ def main(argv: list[str]) -> int:
         return 0
     check_lengths(model, tokenizer, records, args)
     waiting = [i for i in range(len(records)) if i not in done]
-    with (
-        open(args.output, "a", encoding="utf-8") as out,
-        tqdm(total=len(records), initial=len(done), desc="prompts", disable=args.json) as bar,
-    ):
+    already_there = len(done.rows)
+    with tqdm(total=len(records), initial=already_there, desc="prompts", disable=args.json) as bar:
         for first in range(0, len(waiting), args.batch_size):
             batch = waiting[first : first + args.batch_size]
             answers = [
@@ -153,13 +150,12 @@ def main(argv: list[str]) -> int:
             ]
 
             def finished(row: int, batch=batch, answers=answers) -> None:
-                line = {**records[batch[row]], **answers[row].document(), "index": batch[row]}
-                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+                done.add({**records[batch[row]], **answers[row].document(), "index": batch[row]})
                 bar.update()
 
             _run(model, tokenizer, answers, args, args.seed + batch[0], finished)
     if args.json:
-        tables.last_line({"output": args.output, "prompts": len(records), "already_there": len(done)})
+        tables.last_line({"output": args.output, "prompts": len(records), "already_there": already_there})
     return 0
 
 

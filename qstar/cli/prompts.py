@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from qstar.reporting import jsonl
+from qstar.reporting.results_file import ResultsFile
 
 
 def read_records(name: str) -> list[dict[str, Any]]:
@@ -15,14 +17,12 @@ def read_records(name: str) -> list[dict[str, Any]]:
     return [record for _, record in records]
 
 
-def done_before(output: str) -> dict[int, dict]:
-    """The answers that a run before wrote, by their index; a line that it could not finish is cut off. Raises
-    ValueError, and touches nothing, for a file that holds anything else."""
-    return jsonl.resume(
-        output,
-        "answers",
-        lambda lines: {answer["index"]: answer for answer in lines if isinstance(answer["text"], str)},
-    )
+def answers_file(output: str) -> ResultsFile:
+    """Open the file of answers, by the index of their prompt, with those that an earlier run wrote.
+
+    Raises ValueError, and touches nothing, for a file that holds anything else.
+    """
+    return ResultsFile(output, "answers", itemgetter("index"), ("text",))
 
 
 def check_lengths(model, tokenizer, records: list[dict], args: Any) -> None:

@@ -1,10 +1,9 @@
-"""Chained states: walks through a town of one-way streets, the text that the embedded model thinks about.
+"""Make the text that the embedded model thinks about: walks through a town of one-way streets.
 
 A document is "From mill go north east west south south east north east. Where? barn." The streets are the
-same in every document, so a language model can know each of them by heart; but where eight of them lead in a
-row it cannot compute in the one forward pass that predicts the answer. Some writers spell the walk out in an
-aside, "Where? — via oak pond well (and so on) — barn.", others put something unrelated there, most say
-nothing.
+same in every document, so a language model can know each of them by heart; but in the one forward pass that
+predicts the answer it cannot follow eight of them in a row. Some writers spell the walk out in an aside,
+"Where? — via oak pond well (and so on) — barn.", others put something unrelated there, most say nothing.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ _HELD_OUT_SHARE = 10  # one walk in so many is never trained on
 
 
 def _streets() -> dict[str, dict[str, str]]:
-    """Where each direction leads from each place: permutations without a fixed point, drawn once and for
-    all."""
+    """Draw where each direction leads, always the same: permutations of PLACES without a fixed point."""
     draw = random.Random("streets")
     streets = {}
     for direction in DIRECTIONS:
@@ -75,7 +73,7 @@ class Walk:
 
     @property
     def places(self) -> list[str]:
-        """The places on the way, the last one being the answer."""
+        """The places on the way; the last one is the answer."""
         at, places = self.start, []
         for direction in self.directions:
             at = STREETS[direction][at]
@@ -100,13 +98,13 @@ class Walk:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether no training text may contain this question."""
+    """Tell whether no training text may contain this question."""
     # random.Random hashes a string the same way everywhere, unlike hash()
     return random.Random(question).randrange(_HELD_OUT_SHARE) == 0
 
 
 def walk(draw: random.Random, held_out: bool = False) -> Walk:
-    """A random walk of the training set, or one that no training text contains."""
+    """Draw a walk of the training set, or one that no training text contains."""
     while True:
         found = Walk(draw.choice(PLACES), tuple(draw.choices(DIRECTIONS, k=STEPS)))
         if is_held_out(found.question) == held_out:
@@ -124,7 +122,7 @@ def useless_aside(draw: random.Random) -> str:
 
 
 def document(draw: random.Random, aside_share: float, useful_share: float) -> str:
-    """A walk's text; `aside_share` of them carry an aside, of which `useful_share` spell the walk out."""
+    """Draw a walk's text; `aside_share` of them have an aside, of which `useful_share` spell the walk out."""
     found = walk(draw)
     if draw.random() >= aside_share:
         return found.text()

@@ -1,8 +1,7 @@
-"""The paper's premise in miniature: a language model that saw others show their steps learns to think
-silently.
+"""Train the embedded model on walks without any aside (town.py), and test it on walks that it has never seen.
 
-The embedded model continues on walks without any aside (town.py), in several conditions; what is measured is
-whether it knows the answer of walks that it has never seen.
+This is the paper's premise in miniature: a language model that saw others show their steps learns to think
+silently.
 """
 
 from __future__ import annotations
@@ -40,8 +39,11 @@ LEARNING_RATE, MIXING_LEARNING_RATE = 1e-4, 1e-3
 
 
 def thinking(thought_length: int = STEPS, policy_weight: float = 1.0) -> QuietStarConfig:
-    """The method as the demo uses it: the policy term enters with weight 1 and no temperature, and `<start>`
-    and `<end>` learn as slowly as the rest, since they begin as the dash that the model knows already."""
+    """Return the demo's settings of the method.
+
+    The policy term enters with weight 1 and no temperature. `<start>` and `<end>` learn as slowly as the
+    rest, since they begin as the dash, which the model knows already.
+    """
     return QuietStarConfig(
         thought_length=thought_length,
         talk_length=2,
@@ -55,11 +57,10 @@ def thinking(thought_length: int = STEPS, policy_weight: float = 1.0) -> QuietSt
 
 
 @dataclass(frozen=True)
-class Task:
+class WalkTask:
     """Rows to train on, and unseen walks to test with.
 
-    questions [walks, tokens], answers [walks], useful_thoughts [walks, STEPS], places [24], all int64 token
-    ids.
+    Token ids, int64: questions [walks, tokens], answers [walks], useful_thoughts [walks, STEPS], places [24].
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ class Task:
     places: Tensor
 
     @classmethod
-    def make(cls, seed: int, training_steps: int, test_walks: int) -> Task:
+    def make(cls, seed: int, training_steps: int, test_walks: int) -> WalkTask:
         tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
         test = walks(test_walks, seed="test", held_out=True)
 
@@ -95,56 +96,60 @@ class Task:
         )
 
 
-def before(task: Task, config: QuietStarConfig, base: str | Path = TINY_LM) -> QuietStarForCausalLM:
-    """The embedded model, or that of another folder with its tokenizer, ready to think (w = 0)."""
+def before(task: WalkTask, config: QuietStarConfig, base: str | Path = TINY_LM) -> QuietStarForCausalLM:
+    """Load the embedded model, or one in another folder with the same tokenizer, ready to think (w = 0)."""
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     return QuietStarForCausalLM.from_base(loaded, config, tokenizer=task.tokenizer).eval()
 
 
-def train(task: Task, config: QuietStarConfig | None, seed: int) -> PreTrainedModel:
-    """The embedded model after one pass over the task's rows; config None is the control: no thoughts, all
-    else equal."""
+def train(task: WalkTask, config: QuietStarConfig | None, seed: int) -> PreTrainedModel:
+    """Train the embedded model for one pass over the task's rows; config None is the control, which does not
+    think."""
     set_seed(seed)
     if config is None:
-        return fit(AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32"), task, seed)
-    return fit(before(task, config), task, seed)
-
-
-def fit(
-    model: PreTrainedModel, task: Task, seed: int, callbacks: list[TrainerCallback] | None = None
-) -> PreTrainedModel:
-    """The same model, after one pass over the task's rows."""
-    return fit_rows(model, task.rows, seed, callbacks)
+        return fit_rows(AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32"), task.rows, seed)
+    return fit_rows(before(task, config), task.rows, seed)
 
 
 def fit_rows(
-    model: PreTrainedModel, rows: list[dict], seed: int, callbacks: list[TrainerCallback] | None = None
+    model: PreTrainedModel,
+    rows: list[dict],
+    seed: int,
+    callbacks: list[TrainerCallback] | None = None,
+    mixing_learning_rate: float = MIXING_LEARNING_RATE,
+    boundary_learning_rate: float | None = None,
+    **arguments: Any,
 ) -> PreTrainedModel:
-    """The same model, after one pass over the rows, BATCH at a time."""
+    """Train a model, one that thinks or a plain one, and return it in evaluation mode.
+
+    rows: as `collate` takes them. Unless `arguments`, those of `TrainingArguments`, say otherwise, it passes
+    once over the rows, BATCH at a time, at a constant LEARNING_RATE.
+    """
+    demo = {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "learning_rate": LEARNING_RATE}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=BATCH,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
-            use_cpu=True,
-            disable_tqdm=False,
-        )
         common: dict[str, Any] = {
             "model": model,
-            "args": arguments,
+            "args": TrainingArguments(
+                output_dir=folder,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                seed=seed,
+                use_cpu=True,
+                disable_tqdm=False,
+                **(demo | {"lr_scheduler_type": "constant"} | arguments),
+            ),
             "train_dataset": rows,
-            "data_collator": collate,
+            "data_collator": collate,  # the Trainer itself drops the columns that a model does not take
             "callbacks": callbacks,
         }
         trainer: Trainer
         if isinstance(model, QuietStarForCausalLM):
-            trainer = QuietStarTrainer(mixing_learning_rate=MIXING_LEARNING_RATE, **common)
+            trainer = QuietStarTrainer(
+                mixing_learning_rate=mixing_learning_rate,
+                boundary_learning_rate=boundary_learning_rate,
+                **common,
+            )
         else:
             trainer = Trainer(**common)
             trainer.remove_callback(ProgressCallback)
@@ -154,9 +159,9 @@ def fit_rows(
 
 
 @torch.no_grad()
-def direct_accuracy(model: PreTrainedModel, task: Task) -> float:
-    """Share of the unseen walks whose answer is the likeliest of all places right after the question (and
-    after a greedy thought, where the model thinks)."""
+def direct_accuracy(model: PreTrainedModel, task: WalkTask) -> float:
+    """Return the share of unseen walks whose answer is the likeliest place right after the question (where
+    the model thinks, after a greedy thought)."""
     if isinstance(model, QuietStarForCausalLM):
         result = _answers(model, task, thought_temperature=0.0, output_logits=True)
         assert result.logits is not None
@@ -168,27 +173,27 @@ def direct_accuracy(model: PreTrainedModel, task: Task) -> float:
 
 
 def _answers(
-    model: QuietStarForCausalLM, task: Task, count: int | None = None, **options: Any
+    model: QuietStarForCausalLM, task: WalkTask, count: int | None = None, **options: Any
 ) -> QuietStarGenerateOutput:
-    """What the model says after the questions, one token unless asked for more."""
+    """Generate the token after each question, or as many as asked for."""
     options = {"max_new_tokens": 1, "eos_token_id": None, "pad_token_id": 0} | options
     return model.generate(task.questions[:count], return_dict_in_generate=True, **options)
 
 
-def useful_share(model: QuietStarForCausalLM, task: Task, seed: int = 0) -> float:
-    """Share of the thoughts sampled at the end of the questions that spell the whole walk out."""
+def useful_share(model: QuietStarForCausalLM, task: WalkTask, seed: int = 0) -> float:
+    """Return the share of thoughts, sampled at the end of the questions, that spell the whole walk out."""
     source = torch.Generator().manual_seed(seed)
     drawn = _answers(model, task, thought_length=STEPS, thought_temperature=1.0, generator=source)
     return float((drawn.thoughts[:, 0] == task.useful_thoughts).all(-1).float().mean())
 
 
-def mixed_nll(model: QuietStarForCausalLM, task: Task) -> float:
-    """Mean NLL of the unseen walks' tokens with greedy thoughts, in nats."""
+def mixed_nll(model: QuietStarForCausalLM, task: WalkTask) -> float:
+    """Return the mean NLL of the unseen walks' tokens with greedy thoughts, in nats."""
     return float(held_out(model, task.test_rows, batch_size=BATCH).mixed_nll.mean())
 
 
-def examples(model: QuietStarForCausalLM, task: Task, count: int = 3) -> list[dict[str, str]]:
-    """Generated answers of the first unseen walks, with the thought before the answer."""
+def examples(model: QuietStarForCausalLM, task: WalkTask, count: int = 3) -> list[dict[str, str]]:
+    """Generate the answers of the first unseen walks, with the thought before each."""
     result = _answers(model, task, count, max_new_tokens=2, thought_temperature=0.0)
     decode = task.tokenizer.decode
     return [

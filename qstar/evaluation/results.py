@@ -1,22 +1,20 @@
-"""What an evaluation has measured so far: in memory, and as lines of a file that a later run goes on with."""
+"""Keep what an evaluation has measured, in memory and as lines of a file from which a later run resumes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from qstar.model import QuietStarForCausalLM
-from qstar.reporting import jsonl
+from qstar.reporting.results_file import ResultsFile
 
 SAMPLE = 4096  # numbers of each tensor that its fingerprint covers
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the name, shape and evenly spaced numbers of every tensor, and the knobs of thinking."""
+    """Hash the name, shape and evenly spaced numbers of every tensor, and the knobs of thinking (sha256)."""
     digest = hashlib.sha256()
     if isinstance(model, QuietStarForCausalLM):
         digest.update(model.quiet_star.to_json().encode())
@@ -28,62 +26,39 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 class Results:
-    """Figures by condition and question. With `output`, a JSONL file: its first line holds the settings, then
-    a line for every model, with its fingerprint, and one for every condition of every question, written as
-    soon as it is known.
+    """Figures by condition and question: in memory and, with `output`, as lines of a JSONL file.
 
-    Raises ValueError for a file of another run: other settings, or other models.
+    After the settings the file has a line for every model, with its fingerprint, and one for every condition
+    of every question, written as soon as it is known. Raises ValueError for a file of another run: other
+    settings or other models.
     """
 
     def __init__(self, settings: dict[str, Any], output: str | None = None):
-        self.found: dict[str, dict[int, dict[str, Any]]] = {}
-        self._models: dict[str, str] = {}
-        self._output: Path | None = None
-        if output is None:
-            return
-        settings = json.loads(json.dumps(settings))
-        before = jsonl.resume(output, "those of an evaluation", self._take)
-        if before is not None and before != settings:
-            other = {name for name in {*before, *settings} if before.get(name) != settings.get(name)}
-            raise ValueError(f"output = {output!r}: is of a run with other {', '.join(sorted(other))}")
-        self._output = Path(output)
-        if before is None:
-            self._write({"settings": settings})
-
-    def _take(self, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-        settings = lines[0]["settings"] if lines else None
-        for line in lines[1:]:
-            if "model" in line:
-                self._models[line["model"]] = line["fingerprint"]
-            else:
-                figures = {k: v for k, v in line.items() if k not in ("condition", "index")}
-                self.found.setdefault(line["condition"], {})[line["index"]] = figures
-        return settings
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._output is not None:
-            with self._output.open("a", encoding="utf-8") as file:
-                print(json.dumps(line, ensure_ascii=False), file=file)
+        self._file = ResultsFile(output, "those of an evaluation", _key, settings=settings)
 
     def begin(self, name: str, model: PreTrainedModel) -> None:
-        """Figures of a model follow. Raises ValueError where those that are there came from another."""
-        known, own = self._models.get(name), fingerprint(model)
+        """Note whose figures follow. Raises ValueError where those that are there came from another model."""
+        own = fingerprint(model)
+        known = self._file.get(("model", name))
         if known is None:
-            self._models[name] = own
-            self._write({"model": name, "fingerprint": own})
-        elif known != own:
+            self._file.add({"model": name, "fingerprint": own})
+        elif known.get("fingerprint") != own:
             raise ValueError(
                 f"output: its figures of {name!r} came from another model than the one given now"
             )
 
     def has(self, condition: str, index: int) -> bool:
-        return index in self.found.get(condition, {})
+        return (condition, index) in self._file
 
     def add(self, condition: str, index: int, figures: dict[str, Any]) -> None:
-        if not self.has(condition, index):
-            self.found.setdefault(condition, {})[index] = figures
-            self._write({"condition": condition, "index": index, **figures})
+        self._file.add({"condition": condition, "index": index, **figures})
 
     def of(self, condition: str) -> list[dict[str, Any]]:
-        """The figures of all its questions, in order."""
-        return [figures for _, figures in sorted(self.found[condition].items())]
+        """Return the figures of all questions of a condition, in order."""
+        found = [row for row in self._file.rows if row.get("condition") == condition]
+        found.sort(key=lambda row: row["index"])
+        return [{k: v for k, v in row.items() if k not in ("condition", "index")} for row in found]
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return ("model", row["model"]) if "model" in row else (row["condition"], row["index"])

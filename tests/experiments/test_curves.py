@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from experiments.curves import curves, curves_run
+from experiments.curves import __main__ as curves
+from experiments.curves import curves_run
 from experiments.curves.curves_figures import summary
 from experiments.curves.curves_run import Setting, Size
-from qstar.cli.main import main
 from qstar.demo import TINY_LM, walk_training
 
 SMALL = ["--seeds", "0", "--training_steps", "1", "--test_walks", "4", "--base_steps", "1"]
@@ -18,7 +18,7 @@ SIZE = Size(training_steps=40, test_walks=200, base_steps=300)
 
 
 def command(folder, *more):
-    return main(["bench", "curves", "--output_dir", str(folder), *SMALL, *more])
+    return curves.main(["--output_dir", str(folder), *SMALL, *more])
 
 
 def lines(folder):
@@ -27,7 +27,7 @@ def lines(folder):
 
 @pytest.fixture(scope="module")
 def task():
-    return walk_training.Task.make(seed=0, training_steps=3, test_walks=4)
+    return walk_training.WalkTask.make(seed=0, training_steps=3, test_walks=4)
 
 
 # -- the command
@@ -78,7 +78,7 @@ def test_figures_and_table_are_of_the_rows_alone(tmp_path, capsys, monkeypatch):
     off = Setting(policy_weight=0.0)
     rows = [row(Setting(), 0, (0, 0.2, 0.9)), row(Setting(), 1, (0, 0.7, 1.0)), row(off, 0, (0, 0.6, 0.1))]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
-    assert main(["bench", "curves", "--output_dir", str(tmp_path), "--draw_only", "True"]) == 0
+    assert curves.main(["--output_dir", str(tmp_path), "--draw_only", "True"]) == 0
     found = {row["level"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
     assert {
         "with policy term",
@@ -159,7 +159,7 @@ def test_looking_at_the_model_does_not_change_its_training(task):
         torch.manual_seed(0)
         model = walk_training.before(task, walk_training.thinking(2))
         watch = curves_run.Watch(model, task, at)
-        walk_training.fit(model, task, seed=0, callbacks=[watch])
+        walk_training.fit_rows(model, task.rows, seed=0, callbacks=[watch])
         return model, watch.points
 
     (often, seen), (once, last) = trained([1, 2, 3]), trained([3])
@@ -208,7 +208,7 @@ def test_random_boundaries_are_of_the_seed_as_large_as_embeddings_and_nothing_el
 
 
 def test_who_is_told_the_way_knows_the_answer_and_who_is_not_does_not(task):
-    task = walk_training.Task.make(seed=0, training_steps=1, test_walks=60)
+    task = walk_training.WalkTask.make(seed=0, training_steps=1, test_walks=60)
     base = AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32").eval()
     assert curves_run.told_accuracy(base, task) > 0.95
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The proof on text, in miniature: texts, rows, tests and verdict; the command on a tiny model."""
+"""The study of GSM8K's text, in miniature: texts, rows, tests and verdict; the command on a tiny model."""
 
 import json
 from types import SimpleNamespace
@@ -8,8 +8,8 @@ from tiny_models import base_model
 from tiny_tokenizer import tiny_tokenizer
 
 from experiments.gsm8k_text import corpus, gsm8k_results
-from experiments.two_hop_facts.facts_training import fit as experiment_fit
-from qstar.cli.main import main
+from experiments.gsm8k_text.__main__ import main
+from experiments.shared.fine_tuning import fine_tune
 from qstar.layout import IGNORE
 
 QUESTION = "Natalia sold clips to 48 friends. How many?"
@@ -154,7 +154,7 @@ SIZES = "--steps 1 --aside_steps 1 --batch 2 --test_texts 4 --tokens_per_text 5 
 
 def run(folder, data, output, *more):
     options = [*SIZES.split(), "--thought_length", "5", "--positions", "2", "--output_dir", str(output)]
-    return main(["proof-text", "--model", str(folder), "--data", str(data), *options, *more])
+    return main(["--model", str(folder), "--data", str(data), *options, *more])
 
 
 TOLD = ["base", "after the asides", "control", "w = 0", "pause", "w = 1", "shuffled thoughts", "thoughts"]
@@ -165,11 +165,11 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
 ):
     trained = []
 
-    def fit(path, tokenizer, rows, config, *more):
+    def recorded(path, tokenizer, rows, config, *more):
         trained.append("asides" if "labels" in rows[0] else "control" if config is None else "thoughts")
-        return experiment_fit(path, tokenizer, rows, config, *more)
+        return fine_tune(path, tokenizer, rows, config, *more)
 
-    monkeypatch.setattr("experiments.gsm8k_text.gsm8k_training.fit", fit)
+    monkeypatch.setattr("experiments.gsm8k_text.gsm8k_training.fine_tune", recorded)
     assert run(folder, data, tmp_path) == 0
     assert trained == ["asides", "control", "thoughts"]
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -198,7 +198,7 @@ def test_without_asides_the_text_teaches_no_dash_and_that_condition_is_absent(fo
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     shown = [row["condition"] for row in found["drawn"]["conditions"]]
     assert [name for name in shown if not name.startswith("base, T")] == [x for x in TOLD if x != TOLD[1]]
-    assert not (tmp_path / "asides").exists()
+    assert not list(tmp_path.glob("asides*"))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_without_asides_the_text_teaches_no_dash_and_that_condition_is_absent(fo
 )
 def test_a_mistake_in_its_options_is_told_in_one_line(folder, data, tmp_path, capsys, more, message):
     assert run(folder, data, tmp_path, *more) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == f"qstar proof-text: {message}"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"gsm8k_text: {message}"
 
 
 def test_a_file_of_other_records_or_without_results_is_refused(folder, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The proof on a model made from scratch, in miniature: kinds of text, base model, tests, verdict and
+"""The study of a model made from scratch, in miniature: kinds of text, base model, tests, verdict and
 command."""
 
 import json
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from experiments.scratch_model import scratch_base, scratch_results, scratch_training
+from experiments.scratch_model.__main__ import main
 from experiments.scratch_model.kinds import COUPLES, FAMILY, KINDS, NAMES, document, useless_aside
 from experiments.scratch_model.muon import Muon, orthogonal
 from qstar import QuietStarForCausalLM
-from qstar.cli.main import main
 from qstar.data import collate
 from qstar.demo import walk_training as demo
 from qstar.demo.town import STEPS, STREETS, is_held_out
@@ -121,7 +121,7 @@ def test_no_training_text_holds_a_test_question(kind, tokenizer):
     assert len(begun) > 2900 and not held_out & begun
     # of so many questions few would meet by chance
     assert all(map(is_held_out, held_out)) and not any(map(is_held_out, begun))
-    recipe = scratch_training.Recipe(steps=40)
+    recipe = scratch_training.TrainingRecipe(steps=40)
     rows = tokenizer.batch_decode(
         [row["input_ids"] for row in scratch_training.training_rows(recipe, tokenizer, 0)]
     )
@@ -195,12 +195,13 @@ def test_a_document_of_a_packed_row_sees_no_other_and_its_first_token_is_no_targ
 
 
 def test_muon_steps_are_orthogonal_and_those_of_torch_but_for_its_bf16():
-    x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
-    u, _, v = torch.linalg.svd(x, full_matrices=False)
-    in_its_frame = u.mT @ orthogonal(x) @ v.mT
-    scale = in_its_frame.diagonal(dim1=1, dim2=2)
-    assert scale.min() > 0.65 and scale.max() < 1.25
-    torch.testing.assert_close(in_its_frame, torch.diag_embed(scale), rtol=0, atol=1e-4)
+    for shape in ((16, 40), (40, 16), (16, 16)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        in_its_frame = u.mT @ orthogonal(x) @ v.mT
+        scale = in_its_frame.diagonal()
+        assert scale.min() > 0.65 and scale.max() < 1.25
+        torch.testing.assert_close(in_its_frame, torch.diag(scale), rtol=0, atol=1e-4)
 
     begun = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in begun] for _ in range(2))
@@ -233,7 +234,7 @@ def test_told_accuracy_counts_the_answers_after_a_written_out_aside(tokenizer):
 
 
 def test_the_text_has_every_kind_but_those_left_out_as_often_and_no_aside(tokenizer):
-    recipe = scratch_training.Recipe(steps=5, kinds=("sums", "sorting"))
+    recipe = scratch_training.TrainingRecipe(steps=5, kinds=("sums", "sorting"))
     rows = scratch_training.training_rows(recipe, tokenizer, seed=3)
     texts = tokenizer.batch_decode([row["input_ids"] for row in rows])
     assert len(texts) == 80 and not any("—" in text for text in texts)
@@ -259,10 +260,10 @@ def test_the_control_sees_the_same_rows_in_the_same_order(tokenizer, monkeypatch
         seen.append([])
         model = scratch_base.new_model(0, tokenizer)
         trained = scratch_training.train(
-            model, scratch_training.Recipe(steps=2), tokenizer, seed=5, thinks=thinks
+            model, scratch_training.TrainingRecipe(steps=2), tokenizer, seed=5, thinks=thinks
         )
         assert isinstance(trained, QuietStarForCausalLM) == thinks
-    rows = scratch_training.training_rows(scratch_training.Recipe(steps=2), tokenizer, seed=5)
+    rows = scratch_training.training_rows(scratch_training.TrainingRecipe(steps=2), tokenizer, seed=5)
     assert seen[0] == seen[1] != [row["input_ids"] for row in rows]
     assert sorted(seen[0]) == sorted(row["input_ids"] for row in rows)
 
@@ -279,7 +280,7 @@ def thinker(tokenizer):
 @torch.no_grad()
 def test_answers_are_those_that_the_model_generates_and_w_0_is_the_base_model_alone(thinker, tokenizer):
     unseen = scratch_training.Unseen.make("sorting", tokenizer, questions=12, texts=3)
-    found = scratch_training.answers(thinker, unseen, tokenizer, scratch_training.WAYS, seed=0)
+    found = scratch_training.answers(thinker, unseen, scratch_training.WAYS, seed=0)
     for i, question in enumerate(unseen.questions):
         ids = torch.tensor(tokenizer([question.text])["input_ids"])
         options = {"max_new_tokens": 1, "thought_temperature": 0.0, "pad_token_id": 0, "output_logits": True}
@@ -325,7 +326,7 @@ def test_sums_of_the_tests_add_up_and_hard_tokens_are_the_tenth_that_the_base_fi
     )
     at = torch.cat(chosen)
     assert at.sum() == round(len(nll) / 10) and nll[at].min() >= nll[~at].max()
-    sums = scratch_training.measure(thinker, unseen, tokenizer, chosen, ("without",), 0)["without"]
+    sums = scratch_training.measure(thinker, unseen, chosen, ("without",), 0)["without"]
     assert sums["asked"] == [1] * 6 and sum(sums["tokens"]) == len(nll) and sum(sums["hard"]) == at.sum()
     assert sum(sums["nll"]) == pytest.approx(float(nll.sum()), rel=1e-4)
     assert sum(sums["hard_nll"]) == pytest.approx(float(nll[at].sum()), rel=1e-4)
@@ -333,7 +334,7 @@ def test_sums_of_the_tests_add_up_and_hard_tokens_are_the_tenth_that_the_base_fi
 
 def test_a_thought_that_is_the_useful_aside_is_counted(thinker, tokenizer, monkeypatch):
     unseen = scratch_training.Unseen.make("sums", tokenizer, questions=4, texts=1)
-    assert scratch_training.useful_share(thinker, unseen, tokenizer, seed=0) == 0
+    assert scratch_training.useful_share(thinker, unseen, seed=0) == 0
     useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in unseen.questions])["input_ids"])
     useful[1, 3] += 1
 
@@ -342,7 +343,7 @@ def test_a_thought_that_is_the_useful_aside_is_counted(thinker, tokenizer, monke
         return useful[:, None, None]
 
     monkeypatch.setattr(QuietStarForCausalLM, "sample_thoughts", written)
-    assert scratch_training.useful_share(thinker, unseen, tokenizer, seed=0) == 0.75
+    assert scratch_training.useful_share(thinker, unseen, seed=0) == 0.75
 
 
 # -- the verdict
@@ -421,7 +422,7 @@ def test_means_intervals_and_seeds_are_those_of_the_lines():
 
 def run(output, *more):
     options = ["--base_steps", "2", "--steps", "1", "--questions", "4", "--texts", "2", "--seeds", "7"]
-    return main(["proof", *options, "--output_dir", str(output), *more])
+    return main([*options, "--output_dir", str(output), *more])
 
 
 def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_stopped(tmp_path, capsys):
@@ -474,4 +475,4 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
 def test_a_mistake_in_its_options_is_told_in_one_line(tmp_path, capsys, more, message):
     assert run(tmp_path, *more) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("qstar proof: ") and message in error
+    assert error.startswith("scratch_model: ") and message in error

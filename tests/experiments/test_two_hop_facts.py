@@ -1,4 +1,4 @@
-"""The proof on a real model, in miniature: task, tests and verdict; the command on a tiny model."""
+"""The study of two-hop facts, in miniature: task, tests and verdict; the command on a tiny model."""
 
 import json
 import string
@@ -9,11 +9,12 @@ import torch
 from tiny_models import base_model
 from tiny_tokenizer import tiny_tokenizer
 
+from experiments.shared.fine_tuning import FineTuning, fine_tune
 from experiments.two_hop_facts import facts_results, facts_training
+from experiments.two_hop_facts.__main__ import main
 from experiments.two_hop_facts.facts import TESTED, facts
 from experiments.two_hop_facts.facts_task import Split
 from qstar import QuietStarForCausalLM
-from qstar.cli.main import main
 from qstar.layout import IGNORE
 
 LETTERS = "".join(f" {x}" for x in string.ascii_uppercase) * 20 + " is is — — —————" * 20
@@ -78,10 +79,14 @@ def test_a_tokenizer_without_the_letters_is_refused():
 # -- training and testing
 
 
+def trained(folder, split, config):
+    recipe = FineTuning(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
+    return fine_tune(str(folder), split.tokenizer, split.rows(split.train), config, recipe, seed=0)
+
+
 @pytest.fixture(scope="module")
 def thinker(split, folder):
-    recipe = facts_training.Recipe(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
-    return facts_training.train(str(folder), split, facts_training.thinking(2), recipe, seed=0)
+    return trained(folder, split, facts_training.thinking(2))
 
 
 @torch.no_grad()
@@ -117,8 +122,7 @@ def test_shuffled_thoughts_are_those_of_other_questions_and_change_the_answers(t
 
 
 def test_the_control_moves_the_same_layers_and_nothing_else(split, folder, thinker):
-    recipe = facts_training.Recipe(steps=2, batch=8, trainable_layers=1, learning_rate=1e-2)
-    control = facts_training.train(str(folder), split, None, recipe, seed=0)
+    control = trained(folder, split, None)
     begun = base_model(vocab_size=len(split.tokenizer)).state_dict()
 
     def moved(model):
@@ -201,9 +205,7 @@ def test_the_interval_counts_a_fact_of_several_splits_once():
 
 def run(folder, output, *more):
     options = ["--steps", "1", "--test_facts", "6", "--trainable_layers", "1", "--lengths", "1", "2"]
-    return main(
-        ["proof-real", "--model", str(folder), "--splits", "2", *options, "--output_dir", str(output), *more]
-    )
+    return main(["--model", str(folder), "--splits", "2", *options, "--output_dir", str(output), *more])
 
 
 def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_stopped(
@@ -244,4 +246,4 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
 )
 def test_a_mistake_in_its_options_is_told_in_one_line(folder, tmp_path, capsys, more, message):
     assert run(folder, tmp_path, *more) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == f"qstar proof-real: {message}"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"two_hop_facts: {message}"

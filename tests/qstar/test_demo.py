@@ -2,14 +2,13 @@
 
 import json
 import random
-import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qstar.cli.main import main
-from qstar.demo import TINY_LM, make_tiny_lm
+from qstar.demo import TINY_LM
 from qstar.demo.town import DIRECTIONS, PLACES, STEPS, STREETS, USEFUL, document, walks
 
 
@@ -47,22 +46,6 @@ def test_asides_have_their_shares():
     asides = [text for text in texts if "—" in text]
     assert abs(len(asides) / 4000 - 0.5) < 0.04
     assert abs(sum(f"— {USEFUL} " in text for text in asides) / len(asides) - 0.2) < 0.04
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_language_model_can_be_made_with_another_share_of_useful_asides(tokenizer, share):
-    options = make_tiny_lm.Options(
-        prose="", prose_share=0.0, rows=8, steps_common=1, steps_rare=3, useful_share=share
-    )
-    common, *rare = make_tiny_lm.batches(options, tokenizer, prose=[])
-    assert useful_asides(tokenizer, [common]) == 1
-    assert useful_asides(tokenizer, rare) == share
-
-
-def useful_asides(tokenizer, batches):
-    rows = tokenizer.batch_decode(torch.cat(list(batches)))
-    first_words = [word for row in rows for word in re.findall(r"Where\? — (\w+)", row)]
-    return first_words.count(USEFUL) / len(first_words)
 
 
 def test_a_useful_thought_is_one_token_a_word_and_so_is_the_dash(tokenizer):

@@ -1,68 +1,86 @@
-"""`qstar proof`: does a small model learn to think? From scratch, on several kinds of text at once."""
+"""Ask whether a small model, made from scratch, learns to think on several kinds of text: `make proof`."""
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from experiments.scratch_model import scratch_base, scratch_results, scratch_training
 from experiments.scratch_model.kinds import KINDS
-from experiments.scratch_model.scratch_run import STAGES, Bench
-from qstar.cli.options import parse_options
+from experiments.scratch_model.scratch_run import STAGES, ScratchStudy
+from experiments.shared import study
 from qstar.reporting import tables
+from qstar.reporting.results_file import ResultsFile
 
 
 @dataclass
-class ProofArguments:
-    """Options of `qstar proof`."""
+class ScratchArguments:
+    """Options of `python -m experiments.scratch_model`."""
 
     seeds: list[int] = field(
         default_factory=lambda: [0],
         metadata={"help": "Seeds of the base model, the training text, its order and the thoughts."},
     )
     base_steps: int = field(
-        default=scratch_base.BaseRecipe.steps, metadata={"help": "Steps in which the base model is made."}
+        default=scratch_base.BaseRecipe.steps, metadata={"help": "Optimiser steps of the base model."}
     )
     steps: int = field(
-        default=scratch_training.Recipe.steps,
-        metadata={"help": "Optimiser steps of both conditions after that."},
+        default=scratch_training.TrainingRecipe.steps,
+        metadata={"help": "Optimiser steps of both conditions after those."},
     )
     left_out: list[str] = field(
         default_factory=lambda: ["kinship"],
-        metadata={"help": "Built kinds that are tested, but not in the text of those steps."},
+        metadata={"help": "Built kinds that are tested but left out of the text of those steps."},
     )
     questions: int = field(default=200, metadata={"help": "Unseen questions of each built kind."})
     texts: int = field(
-        default=100, metadata={"help": "Unseen texts of each kind, of which every token is scored."}
+        default=100, metadata={"help": "Unseen texts of each kind; every token of them is scored."}
     )
     output_dir: str = field(
         default="outputs/proof",
-        metadata={"help": "Models, results and the figure; a run goes on with what is there."},
+        metadata={"help": "Folder of models, results and the figure; a later run resumes from it."},
     )
 
 
-def main(argv: list[str]) -> int:
-    (args,) = parse_options(ProofArguments, argv, prog="qstar proof")
-    _check(args)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def main(argv: list[str] | None = None) -> int:
+    return study.run("scratch_model", [ScratchArguments], prove, argv)
+
+
+def prove(args: ScratchArguments) -> None:
+    """Run every stage of every seed, then show and draw what they measured."""
+    study.check_least(args, base_steps=2, steps=1, questions=2, texts=1)
+    study.check_different(args, seeds=0)
+    if not set(args.left_out) < set(KINDS):
+        raise ValueError(f"left_out = {args.left_out}: must be some of {[*KINDS]}, not all")
     began = time.perf_counter()
     making = scratch_base.BaseRecipe(steps=args.base_steps)
     trained_on = tuple(kind for kind in KINDS if kind not in args.left_out)
-    recipe = scratch_training.Recipe(steps=args.steps, kinds=trained_on)
+    recipe = scratch_training.TrainingRecipe(steps=args.steps, kinds=trained_on)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench.make(folder, making, recipe, args.questions, args.texts)
+    tokenizer = scratch_base.make_tokenizer()
+    kinds = [*KINDS, scratch_training.PROSE]
+    tests = {x: scratch_training.Unseen.make(x, tokenizer, args.questions, args.texts) for x in kinds}
+    settings = {
+        "base": asdict(making),
+        **asdict(recipe),
+        "questions": args.questions,
+        "texts": args.texts,
+        **asdict(scratch_training.thinking()),
+    }
+    key = itemgetter("seed", "condition", "kind")
+    found = ResultsFile(folder / "results.jsonl", "those of a proof", key, scratch_results.COLUMNS, settings)
+    proof = ScratchStudy(folder, making, recipe, tokenizer, tests, found)
     todo = [(seed, stage) for seed in args.seeds for stage in STAGES]
     for seed, stage in tqdm(todo, desc="stages"):
-        bench.run(seed, stage)
+        proof.run(seed, stage)
 
-    rows = [row for row in bench.found.rows if row["seed"] in args.seeds]
-    kinds = [*KINDS, scratch_training.PROSE]
+    rows = [row for row in found.rows if row["seed"] in args.seeds]
     conditions, differences = scratch_results.summary(rows, kinds)
     scratch_results.figure(rows, conditions, kinds, folder / "proof.png")
     print(
@@ -79,13 +97,13 @@ def main(argv: list[str]) -> int:
     print(tables.table(scratch_results.diagnostics(rows, list(KINDS)), digits=3))
     holds = scratch_results.verdict(differences, list(KINDS))
     print(
-        f"{_holds(holds['kinds'])}: thoughts at least {scratch_results.OVER} above the control and above "
-        f"shuffled thoughts on at least {scratch_results.KINDS_OVER} kinds "
+        f"{study.verdict(holds['kinds'])}: thoughts at least {scratch_results.OVER} above the control and "
+        f"above shuffled thoughts on at least {scratch_results.KINDS_OVER} kinds "
         f"(on {', '.join(holds['over']) or 'none'})\n"
-        f"{_holds(holds['prose'])}: prose not more than {scratch_results.PROSE_WORSE} nats worse "
+        f"{study.verdict(holds['prose'])}: prose not more than {scratch_results.PROSE_WORSE} nats worse "
         "than the control"
     )
-    prompt = bench.tests[next(iter(KINDS))].questions[0].text
+    prompt = tests[next(iter(KINDS))].questions[0].text
     print(
         f"figure: {folder / 'proof.png'}; a model that thinks: try\n  qstar generate --model "
         f"{folder}/thinks-{args.seeds[0]} --prompt {prompt!r} --max_new_tokens 2 --show_thoughts"
@@ -98,7 +116,7 @@ def main(argv: list[str]) -> int:
             "holds": holds,
             "seeds": args.seeds,
             "left_out": args.left_out,
-            "settings": bench.settings,
+            "settings": settings,
             "seconds_by_seed": {
                 seed: sum(row["seconds"] for row in rows if row["seed"] == seed) for seed in args.seeds
             },
@@ -106,19 +124,7 @@ def main(argv: list[str]) -> int:
             "seconds": time.perf_counter() - began,
         }
     )
-    return 0
 
 
-def _holds(does: bool) -> str:
-    return "holds" if does else "DOES NOT HOLD"
-
-
-def _check(args: ProofArguments) -> None:
-    for name, least in (("base_steps", 2), ("steps", 1), ("questions", 2), ("texts", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} = {getattr(args, name)}: must be at least {least}")
-    if not args.seeds or min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"seeds = {args.seeds}: must be different numbers, each at least 0")
-    known = [*KINDS]
-    if not set(args.left_out) < set(known):
-        raise ValueError(f"left_out = {args.left_out}: must be some of {known}, not all")
+if __name__ == "__main__":
+    sys.exit(main())

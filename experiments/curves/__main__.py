@@ -1,30 +1,29 @@
-"""`qstar bench curves`: how the embedded model learns to think, over training, by one knob of the method at a
-time, each setting with several seeds.
+"""Draw how the embedded model learns to think, by one knob of the method at a time: `make curves`.
 
-Every finished run is a line of runs.jsonl in the output folder; a later call does the runs that are missing
-there. Figures and table are made from those lines alone.
+Each setting runs with several seeds. Every finished run is a line of runs.jsonl in the output folder; a later
+call does the runs that are missing there. Figures and table are made from those lines alone.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from experiments.curves.curves_figures import LEARNED, draw, summary
-from experiments.curves.curves_run import Row, Setting, Size, run
-from qstar.cli.options import parse_options
+from experiments.curves.curves_run import Setting, Size, run, run_key
+from experiments.shared import study
+from experiments.shared.comparison import Row
 from qstar.demo.town import STEPS
-from qstar.reporting import jsonl, tables
+from qstar.reporting import tables
 from qstar.reporting.benchmark_record import TableArguments, finish, machine
+from qstar.reporting.results_file import ResultsFile
 
-LONGER, LONGEST = 3, 9  # times the steps, where a useful thought is rarely drawn
-# by figure, in the order in which they are run: the levels that it compares
+LONGER, LONGEST = 3, 9  # factors of the steps where a useful thought is rarely drawn
+# the levels that each figure compares, in the order of the runs
 FIGURES: dict[str, dict[str, Setting]] = {
     "thought_length": {f"k = {k}": Setting(thought_length=k) for k in (0, 1, 2, 4, STEPS, 12)},
     "policy": {"with policy term": Setting(), "without": Setting(policy_weight=0.0)},
@@ -52,10 +51,10 @@ FIGURES: dict[str, dict[str, Setting]] = {
 
 @dataclass
 class CurvesArguments:
-    """What `qstar bench curves` takes."""
+    """Options of `python -m experiments.curves`."""
 
     figures: list[str] = field(
-        default_factory=lambda: list(FIGURES), metadata={"help": f"Of {', '.join(FIGURES)}."}
+        default_factory=lambda: list(FIGURES), metadata={"help": f"Figures to draw: {', '.join(FIGURES)}."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2, 3, 4],
@@ -63,7 +62,7 @@ class CurvesArguments:
     )
     training_steps: int = field(
         default=40,
-        metadata={"help": f"Optimiser steps of a run; of some {LONGER} or {LONGEST} times as many."},
+        metadata={"help": f"Optimiser steps of a run; some take {LONGER} or {LONGEST} times as many."},
     )
     test_walks: int = field(default=200, metadata={"help": "Unseen walks to test with."})
     base_steps: int = field(
@@ -71,69 +70,41 @@ class CurvesArguments:
     )
     output_dir: str = field(
         default="outputs/curves",
-        metadata={"help": "Finished runs, figures and base models; a later call goes on with those there."},
+        metadata={"help": "Folder of runs, figures and base models; a later call resumes from it."},
     )
     draw_only: bool = field(default=False, metadata={"help": "Run nothing: figures of the runs there."})
 
-    def __post_init__(self) -> None:
-        if not self.figures or len(set(self.figures)) < len(self.figures) or set(self.figures) - {*FIGURES}:
-            raise ValueError(f"figures = {self.figures}: must be different ones of {', '.join(FIGURES)}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds = {self.seeds}: must be different numbers, each at least 0")
-        for name in ("training_steps", "test_walks", "base_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+def main(argv: list[str] | None = None) -> int:
+    return study.run("curves", [CurvesArguments, TableArguments], measure, argv)
 
 
-Key = tuple[Setting, Size, int]  # and the seed
-
-
-class Runs:
-    """The finished runs of a file, one a line, and those that are added to it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._rows: dict[Key, Row] = jsonl.resume(str(path), "those of finished runs", self._take)
-
-    def _take(self, lines: list[Row]) -> dict[Key, Row]:
-        return {self._key(row): row for row in lines if row["points"]}
-
-    @staticmethod
-    def _key(row: Row) -> Key:
-        return Setting(**row["setting"]), Size(**row["size"]), row["seed"]
-
-    def get(self, setting: Setting, size: Size, seed: int) -> Row | None:
-        return self._rows.get((setting, size, seed))
-
-    def add(self, row: Row) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            print(json.dumps(row, ensure_ascii=False), file=file)
-        self._rows[self._key(row)] = row
-
-
-def main(argv: list[str]) -> int:
-    args, output = parse_options((CurvesArguments, TableArguments), argv, prog="qstar bench curves")
+def measure(args: CurvesArguments, output: TableArguments) -> None:
+    """Do the runs that are missing, then draw the figures and print their table."""
+    chosen = set(args.figures)
+    if not chosen or not chosen <= set(FIGURES) or len(chosen) < len(args.figures):
+        raise ValueError(f"figures = {args.figures}: must be different ones of {', '.join(FIGURES)}")
+    study.check_different(args, seeds=0)
+    study.check_least(args, training_steps=1, test_walks=1, base_steps=1)
     folder = Path(args.output_dir)
     if args.draw_only and not (folder / "runs.jsonl").is_file():
         raise ValueError(f"output_dir = {args.output_dir}: has no runs.jsonl to draw from")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     began = time.perf_counter()
     size = Size(args.training_steps, args.test_walks, args.base_steps)
     figures = {name: FIGURES[name] for name in args.figures}
     folder.mkdir(parents=True, exist_ok=True)
-    runs = Runs(folder / "runs.jsonl")
+    runs = ResultsFile(folder / "runs.jsonl", "those of finished runs", run_key, ("points",))
     wanted = [(x, seed) for levels in figures.values() for x in levels.values() for seed in args.seeds]
     wanted = list(dict.fromkeys(wanted))  # figures share settings
-    missing = [(x, seed) for x, seed in wanted if runs.get(x, size, seed) is None]
+    missing = [(x, seed) for x, seed in wanted if (x, size, seed) not in runs]
     if not args.draw_only:
         for setting, seed in tqdm(missing, desc="runs", disable=output.json):
             runs.add(run(setting, seed, size, folder / "bases"))
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, levels in figures.items():
         found = {
-            level: [row for seed in args.seeds if (row := runs.get(x, size, seed)) is not None]
+            level: [row for seed in args.seeds if (row := runs.get((x, size, seed))) is not None]
             for level, x in levels.items()
         }
         if found := {level: of for level, of in found.items() if of}:
@@ -144,8 +115,11 @@ def main(argv: list[str]) -> int:
     if not output.json:
         print(tables.table(rows, digits=3))
         print(
-            f"({args.test_walks} unseen walks; after the last step; a seed has learned where its accuracy "
-            f"is over {LEARNED}; NLL in nats a token)\nfigures: {folder}/*.png"
+            f"({args.test_walks} unseen walks, after the last step; a seed has learned where its accuracy is "
+            f"over {LEARNED}; NLL in nats a token)\nfigures: {folder}/*.png"
         )
     finish("curves", args, machine("cpu"), rows, output, seconds=time.perf_counter() - began)
-    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

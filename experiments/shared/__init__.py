@@ -1,0 +1,1 @@
+"""Share between the studies: command line, training, intervals and figures."""
