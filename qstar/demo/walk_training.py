@@ -102,13 +102,17 @@ def before(task: WalkTask, config: QuietStarConfig, base: str | Path = TINY_LM) 
     return QuietStarForCausalLM.from_base(loaded, config, tokenizer=task.tokenizer).eval()
 
 
-def train(task: WalkTask, config: QuietStarConfig | None, seed: int) -> PreTrainedModel:
+def train(
+    task: WalkTask, config: QuietStarConfig | None, seed: int, progress: bool = True
+) -> PreTrainedModel:
     """Train the embedded model for one pass over the task's rows; config None is the control, which does not
     think."""
     set_seed(seed)
     if config is None:
-        return fit_rows(AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32"), task.rows, seed)
-    return fit_rows(before(task, config), task.rows, seed)
+        model = AutoModelForCausalLM.from_pretrained(TINY_LM, dtype="float32")
+    else:
+        model = before(task, config)
+    return fit_rows(model, task.rows, seed, disable_tqdm=not progress)
 
 
 def fit_rows(
@@ -136,8 +140,7 @@ def fit_rows(
                 report_to="none",
                 seed=seed,
                 use_cpu=True,
-                disable_tqdm=False,
-                **(demo | {"lr_scheduler_type": "constant"} | arguments),
+                **(demo | {"lr_scheduler_type": "constant", "disable_tqdm": False} | arguments),
             ),
             "train_dataset": rows,
             "data_collator": collate,  # the Trainer itself drops the columns that a model does not take
@@ -189,7 +192,7 @@ def useful_share(model: QuietStarForCausalLM, task: WalkTask, seed: int = 0) -> 
 
 def mixed_nll(model: QuietStarForCausalLM, task: WalkTask) -> float:
     """Return the mean NLL of the unseen walks' tokens with greedy thoughts, in nats."""
-    return float(held_out(model, task.test_rows, batch_size=BATCH).mixed_nll.mean())
+    return float(held_out(model, task.test_rows, batch_size=BATCH, progress=None).mixed_nll.mean())
 
 
 def examples(model: QuietStarForCausalLM, task: WalkTask, count: int = 3) -> list[dict[str, str]]:

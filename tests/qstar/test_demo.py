@@ -73,9 +73,11 @@ def test_the_embedded_model_can_spell_a_walk_out_but_not_answer_at_once(tokenize
     assert (places[at_once] == answer).float().mean() < 0.15
 
 
-def test_the_demo_runs_saves_its_model_and_ends_with_its_figures(tmp_path, capsys):
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_the_demo_runs_saves_its_model_and_ends_with_its_figures(tmp_path, capsys, processes):
     out = str(tmp_path / "thinks")
-    assert main(["demo", "--training_steps", "1", "--test_walks", "4", "--output_dir", out]) == 0
+    sizes = ["--training_steps", "1", "--test_walks", "4", "--processes", processes]
+    assert main(["demo", *sizes, "--output_dir", out]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     accuracies = ("before", "control", "no_policy", "after")
     assert all(0 <= figures[f"direct_accuracy_{name}"] <= 1 for name in accuracies)
@@ -90,7 +92,7 @@ def test_the_demo_runs_saves_its_model_and_ends_with_its_figures(tmp_path, capsy
     assert len(answer["thoughts"]) == 2
 
 
-@pytest.mark.parametrize("option", ["training_steps", "test_walks"])
+@pytest.mark.parametrize("option", ["training_steps", "test_walks", "processes"])
 def test_the_demo_refuses_to_do_nothing(option, capsys):
     assert main(["demo", f"--{option}", "0"]) == 1
     assert f"{option} = 0: must be at least 1" in capsys.readouterr().err
