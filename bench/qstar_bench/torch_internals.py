@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
 
+without_modes = _disable_current_modes
 aten = torch.ops.aten
 # what torch.profiler.record_function calls; the first argument of the former is the range's name
 RANGE_ENTER = torch.ops.profiler._record_function_enter_new.default
