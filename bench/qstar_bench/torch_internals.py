@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.profiler import profile
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map_only as tree_map_only
 
+without_modes = _disable_current_modes
 aten = torch.ops.aten
 without_modes = _python_dispatch._disable_current_modes
 # what torch.profiler.record_function calls; the first argument of the former is the range's name
