@@ -11,7 +11,18 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from packages import OPTIONAL, PROGRAMS, REQUIRED, ROOMS, ROOT, import_graph, imports_of, third_party
+from packages import (
+    OPTIONAL,
+    PROGRAMS,
+    REQUIRED,
+    ROOMS,
+    ROOT,
+    import_graph,
+    imported,
+    imports_of,
+    modules,
+    third_party,
+)
 
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -89,6 +100,17 @@ def upward(graph):
         return FLOORS.index(module.partition(".")[0])
 
     return sorted((a, b) for a, names in graph.items() for b in names if floor(b) > floor(a))
+
+
+def missing(names, ours):
+    """Return which of `names`, those of imported modules, would be ours but are not there."""
+    return [name for name in names if name.partition(".")[0] in FLOORS and name not in ours]
+
+
+def test_every_module_of_ours_that_is_imported_is_there():
+    ours = modules()
+    assert {module: gone for module, path in ours.items() if (gone := missing(imported(path), ours))} == {}
+    assert missing(["os", "qstar.model", "qstar.modle"], ours) == ["qstar.modle"]
 
 
 def test_no_imports_go_in_a_circle():

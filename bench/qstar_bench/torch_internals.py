@@ -13,7 +13,6 @@ from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.profiler import profile
-from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 
 without_modes = _disable_current_modes
 aten = torch.ops.aten
-without_modes = _python_dispatch._disable_current_modes
 # what torch.profiler.record_function calls; the first argument of the former is the range's name
 RANGE_ENTER = torch.ops.profiler._record_function_enter_new.default
 RANGE_EXIT = torch.ops.profiler._record_function_exit._RecordFunction

@@ -68,7 +68,7 @@ class Gsm8kArguments:
     test_texts: int = field(default=40, metadata={"help": "Hold out so many of the last texts."})
     tokens_per_text: int = field(default=14, metadata={"help": "Tokens of each to score, drawn at random."})
     output_dir: str = field(
-        default="outputs/proof_text",
+        default="outputs/gsm8k_text",
         metadata={"help": "Folder of results and of the model after the asides."},
     )
 

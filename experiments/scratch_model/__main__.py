@@ -42,7 +42,7 @@ class ScratchArguments:
         default=100, metadata={"help": "Unseen texts of each kind; every token of them is scored."}
     )
     output_dir: str = field(
-        default="outputs/proof",
+        default="outputs/scratch_model",
         metadata={"help": "Folder of models, results and the figure; a later run resumes from it."},
     )
 
@@ -82,7 +82,7 @@ def prove(args: ScratchArguments) -> None:
 
     rows = [row for row in found.rows if row["seed"] in args.seeds]
     conditions, differences = scratch_results.summary(rows, kinds)
-    scratch_results.figure(rows, conditions, kinds, folder / "proof.png")
+    scratch_results.figure(rows, conditions, kinds, folder / "scratch_model.png")
     print(
         f"\nseeds {', '.join(map(str, args.seeds))}; {args.questions} unseen questions of each kind; "
         f"left out of the Quiet-STaR text: {', '.join(args.left_out) or 'none'}; n: answers or tokens of all "
@@ -105,7 +105,7 @@ def prove(args: ScratchArguments) -> None:
     )
     prompt = tests[next(iter(KINDS))].questions[0].text
     print(
-        f"figure: {folder / 'proof.png'}; a model that thinks: try\n  qstar generate --model "
+        f"figure: {folder / 'scratch_model.png'}; a model that thinks: try\n  qstar generate --model "
         f"{folder}/thinks-{args.seeds[0]} --prompt {prompt!r} --max_new_tokens 2 --show_thoughts"
     )
     tables.last_line(

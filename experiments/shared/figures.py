@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qstar_bench.report.plots import style
+from qstar_bench.report.run_plots import style
 
 from experiments.shared.comparison import Row, Runs
 

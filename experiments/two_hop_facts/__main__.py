@@ -44,7 +44,7 @@ class FactsArguments:
         default=10, metadata={"help": "Last layers that learn, in every condition."}
     )
     output_dir: str = field(
-        default="outputs/proof_real",
+        default="outputs/two_hop_facts",
         metadata={"help": "Folder of the results and the figure; a later run resumes from it."},
     )
 
@@ -79,7 +79,7 @@ def prove(args: FactsArguments) -> None:
 
     rows = [r for r in found.rows if r["seed"] in args.seeds and r["split"] < args.splits]
     shown, claims = facts_results.summary(rows, args.lengths)
-    facts_results.figure(shown, facts_results.accuracy(rows), folder / "proof_real.png")
+    facts_results.figure(shown, facts_results.accuracy(rows), folder / "two_hop_facts.png")
     print(tables.table(shown, digits=3))
     print(f"({args.test_facts} unseen facts a split; accuracy, NLL in nats, both among the 26 letters)\n")
     print(tables.table(claims, digits=3))
@@ -89,7 +89,7 @@ def prove(args: FactsArguments) -> None:
             f"{study.verdict(does)}: {thoughts(k)} at least {OVER_CONTROL} above the control and "
             f"{OVER_SHUFFLED} above shuffled thoughts, and in no split below either"
         )
-    print(f"figure: {folder / 'proof_real.png'}")
+    print(f"figure: {folder / 'two_hop_facts.png'}")
     tables.last_line(
         {
             "conditions": shown,

@@ -438,7 +438,7 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
     assert found["settings"]["kinds"] == ["walks", "sums", "sorting"] and found["left_out"] == ["kinship"]
     assert {x["kind"] for x in found["diagnostics"]} == set(KINDS)
     assert not found["holds"]["kinds"] and "DOES NOT HOLD: thoughts at least 0.3" in out
-    assert (tmp_path / "proof.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "scratch_model.png").read_bytes().startswith(b"\x89PNG")
     base_row = {x["kind"]: x["mean"] for x in found["conditions"] if x["condition"] == "base"}
     assert base_row.keys() == set(kinds)
     thinks = QuietStarForCausalLM.from_pretrained(tmp_path / "thinks-7")

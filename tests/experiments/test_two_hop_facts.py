@@ -219,7 +219,7 @@ def test_the_command_measures_every_condition_shows_them_and_goes_on_where_it_st
     assert shown == ["before", "control", "pause", *tests]
     assert found["holds"].keys() == {"1", "2"} and "figure:" in out
     assert len(found["differences"]) == 8 and all(row["n"] == 12 for row in found["conditions"])
-    assert (tmp_path / "proof_real.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "two_hop_facts.png").read_bytes().startswith(b"\x89PNG")
 
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * len(shown)
