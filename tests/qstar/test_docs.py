@@ -1,6 +1,8 @@
-"""What the README and docs name is there: commands and their options, make targets, files."""
+"""What the README and docs name is there: commands, options, make targets, imports, files, headings."""
 
 import argparse
+import ast
+import importlib
 import re
 import shlex
 
@@ -18,7 +20,7 @@ def commands(page):
     """Command lines: those of indented blocks, and those between backticks that do not run over a line."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^    ((?:qstar|make|python|torchrun|accelerate) .*)$", text, re.MULTILINE)
-    return blocks + re.findall(r"`((?:qstar|make) [^`\n]*)`", text)
+    return blocks + re.findall(r"`((?:qstar|make|python) [^`\n]*)`", text)
 
 
 def words(command):
@@ -27,6 +29,7 @@ def words(command):
 
 QSTAR = sorted({c for page in PAGES for c in commands(page) if c.startswith("qstar ") and words(c)[1:]})
 TARGETS = sorted({words(c)[1] for page in PAGES for c in commands(page) if c.startswith("make ")})
+STUDIES = sorted({c for page in PAGES for c in commands(page) if c.startswith("python -m experiments.")})
 
 
 class Reached(BaseException):
@@ -44,9 +47,9 @@ def parser_of(monkeypatch):
         monkeypatch.setattr(kind, "parse_known_args", parse_known_args)
     monkeypatch.setattr(options, "_yaml_options", lambda path: [])
 
-    def find(arguments):
+    def find(arguments, run=main):
         with pytest.raises(Reached) as reached:
-            main(arguments)
+            run(arguments)
         return reached.value.args[0]
 
     return find
@@ -77,6 +80,29 @@ def test_every_make_target_of_the_docs_is_there(target):
     assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
 
 
+@pytest.mark.parametrize("command", STUDIES)
+def test_every_study_of_the_docs_is_there_and_takes_these_options(command, parser_of):
+    module, *rest = words(command)[2:]
+    run = importlib.import_module(f"{module}.__main__").main
+    assert unknown_options(parser_of(rest, run), rest) == []
+
+
+def imports(page):
+    """Every `from qstar... import name` of a page's Python blocks, as (module, name)."""
+    for block in re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        for line in re.findall(r"^(?:from qstar\S* import .*)$", block, re.MULTILINE):
+            (found,) = ast.parse(line).body
+            yield from ((found.module, name.name) for name in found.names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(imports(page))], ids=lambda page: page.name)
+def test_every_name_that_a_page_imports_is_there(page):
+    missing = [(of, name) for of, name in imports(page) if not hasattr(importlib.import_module(of), name)]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_links_to_is_there(page):
     text = page.read_text(encoding="utf-8")
@@ -90,3 +116,26 @@ def test_every_path_that_a_page_gives_to_a_command_is_there(page):
     paths = {word for command in commands(page) for word in words(command) if "/" in word}
     ours = [path for path in paths if path.split("/")[0] in ("examples", "recipes", "bench", "docs")]
     assert [path for path in ours if not (ROOT / path).exists()] == []
+
+
+def anchors(page):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_heading_that_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\(([^):\s]*\.md)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0])] == []
+
+
+def test_the_front_page_has_at_most_150_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_line_of_text_has_at_most_120_characters(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    text = [line for line in lines if not line.lstrip().startswith("|") and not line.startswith("    ")]
+    assert [line for line in text if len(line) > 120] == []
