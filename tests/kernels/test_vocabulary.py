@@ -285,7 +285,7 @@ def test_autocast_does_not_round_the_logits():
 @pytest.mark.parametrize("softcap", [None, 2.0], ids="softcap={}".format)
 @pytest.mark.parametrize("name", ["nll", "log_prob", "mixed_nll", "entropy", "sample", "by_temperature"])
 def test_no_tensor_is_as_large_as_all_logits(name, softcap, monkeypatch):
-    monkeypatch.setattr(vocabulary, "WORKSPACE_BYTES", 16 * V * 4)  # 16 rows of fp32 logits
+    monkeypatch.setattr("qstar_kernels.vocabulary.head.WORKSPACE_BYTES", 16 * V * 4)  # 16 rows of fp32 logits
     leaves, targets = operands(dtype=torch.float32, rows=997)
     head = LinearHead(leaves["weight"], softcap=softcap)
     hidden, thought, w = leaves["hidden"], leaves["thought"], torch.full((997,), 0.5, requires_grad=True)
