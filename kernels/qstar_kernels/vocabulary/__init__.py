@@ -1,7 +1,8 @@
 """Row-by-row results of a language model's head, computed without ever holding all logits.
 
 Every function works on chunks of rows, whose logits fit a bounded workspace, and returns fp32 (fp64 for fp64
-hidden states): rewards are differences of about 1e-3 between NLLs, which bf16 rounds to zero. Legend: M rows, D width, V vocabulary.
+hidden states): rewards are differences of about 1e-3 between NLLs, which bf16 rounds to zero.
+Legend: M rows, D width, V vocabulary.
 """
 
 from qstar_kernels.vocabulary.head import LinearHead, chunk_rows, logits, mixed_logits

@@ -40,8 +40,6 @@ def result_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def without_autocast(function: _F) -> _F:
-    """Make `function` ignore autocast, which would round the logits."""
-
     @wraps(function)
     def wrapped(*args, **kwargs):
         device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
@@ -89,10 +87,7 @@ def chunk_rows(vocabulary: int, bytes_per_logit: int = 4) -> int:
 
 
 def chunks(hidden: Tensor, head: LinearHead, rows: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice, logits [m, V] in `result_dtype`), chunk by chunk, without gradient.
-
-    The caller may overwrite the logits; on a CPU the next chunk does.
-    """
+    """Yield (slice, logits [m, V] in `result_dtype`), by chunks; the next chunk overwrites them on a CPU."""
     V, high = len(head.weight), result_dtype(hidden)
     rows = rows or chunk_rows(V, high.itemsize)
     # tensor cores round only the inputs of a product of halves; its sums and its result are fp32
@@ -139,13 +134,7 @@ def check_hidden(head: LinearHead, *hidden: Tensor, rows: int | None = None) -> 
         raise ValueError(f"bias has shape {tuple(head.bias.shape)}: must be [{V}]")
 
 
-def check_mixture(
-    base_hidden: Tensor,
-    thought_hidden: Tensor,
-    mix_weight: Tensor,
-    head: LinearHead,
-    rows: int | None = None,
-) -> None:
+def check_mixture(base_hidden, thought_hidden, mix_weight, head: LinearHead, rows: int | None = None) -> None:
     check_hidden(head, base_hidden, thought_hidden, rows=rows)
     shape = tuple(base_hidden.shape)
     if thought_hidden.shape != shape:

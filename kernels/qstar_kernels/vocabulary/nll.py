@@ -108,7 +108,7 @@ def weighted_mixed_nll(
     weights: Tensor,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (sum of weights * `mixed_nll`, with gradients; `mixed_nll` [M], without); see `weighted_nll`."""
+    """Compute (sum of weights * `mixed_nll`, with gradients; `mixed_nll` [M], without)."""
     check_mixture(base_hidden, thought_hidden, mix_weight, head, rows)
     if head.softcap is None:
         mixed = mix(base_hidden, thought_hidden, mix_weight)
@@ -152,10 +152,7 @@ def entropy(hidden: Tensor, head: LinearHead, rows: int | None = None) -> Tensor
 
 
 class _TokenNLL(torch.autograd.Function):
-    """-log softmax(logits / temperature)[token] [M], over the ids that are not suppressed.
-
-    Forward keeps no logits; backward recomputes them, chunk by chunk. The softmaxes run in place.
-    """
+    """-log softmax(logits / temperature)[token] [M]; backward recomputes the logits, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, tokens, temperature, suppress, rows):
@@ -258,10 +255,7 @@ def _nll_and_softmax(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _capped_mixed_nll(base, thought, mix_weight, head: LinearHead, targets, rows: int | None) -> Tensor:
-    """Compute `mixed_nll` of a soft-capped head, which is not linear, from both sets of logits.
-
-    Backward recomputes them, chunk by chunk.
-    """
+    """Compute `mixed_nll` from both sets of logits, as a soft-capped head is not linear."""
     check_ids("targets", targets, len(base), len(head.weight))
     high = result_dtype(base)
     rows = rows or max(chunk_rows(len(head.weight), high.itemsize) // 4, 1)
