@@ -139,7 +139,7 @@ def check_mixture(base_hidden, thought_hidden, mix_weight, head: LinearHead, row
     shape = tuple(base_hidden.shape)
     if thought_hidden.shape != shape:
         raise ValueError(
-            f"thought_hidden has shape {tuple(thought_hidden.shape)}: must be {shape}, as base_hidden"
+            f"thought_hidden has shape {tuple(thought_hidden.shape)}: must be that of base_hidden, {shape}"
         )
     if mix_weight.shape != shape[:1]:
         raise ValueError(
