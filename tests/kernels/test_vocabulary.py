@@ -195,8 +195,8 @@ def test_temperature_zero_is_argmax_of_what_is_not_suppressed(head, rows):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0], ids="temperature={}".format)
 @pytest.mark.parametrize("suppress", [None, SUPPRESS], ids=["all_ids", "suppressed"])
-def test_fifty_thousand_draws_follow_the_softmax_by_chi_square(temperature, suppress, dtype):
-    draws, head = 50_000, {"bias": True, "softcap": 4.0}
+def test_twenty_thousand_draws_follow_the_softmax_by_chi_square(temperature, suppress, dtype):
+    draws, head = 20_000, {"bias": True, "softcap": 4.0}
     leaves, _ = operands(rows=1, dtype=dtype, **head)
     z = naive_logits(leaves["hidden"], leaves, **head)[0].detach() / temperature
     if suppress is not None:
@@ -285,10 +285,10 @@ def test_autocast_does_not_round_the_logits():
 @pytest.mark.parametrize("softcap", [None, 2.0], ids="softcap={}".format)
 @pytest.mark.parametrize("name", ["nll", "log_prob", "mixed_nll", "entropy", "sample", "by_temperature"])
 def test_no_tensor_is_as_large_as_all_logits(name, softcap, monkeypatch):
-    monkeypatch.setattr(vocabulary, "WORKSPACE_BYTES", 16 * V * 4)  # 16 rows of fp32 logits
-    leaves, targets = operands(dtype=torch.float32, rows=997)
+    monkeypatch.setattr("qstar_kernels.vocabulary.head.WORKSPACE_BYTES", 16 * V * 4)  # 16 rows of fp32 logits
+    leaves, targets = operands(dtype=torch.float32, rows=331)
     head = LinearHead(leaves["weight"], softcap=softcap)
-    hidden, thought, w = leaves["hidden"], leaves["thought"], torch.full((997,), 0.5, requires_grad=True)
+    hidden, thought, w = leaves["hidden"], leaves["thought"], torch.full((331,), 0.5, requires_grad=True)
     calls = {
         "nll": lambda: nll(hidden, head, targets).sum().backward(),
         "log_prob": lambda: log_prob(hidden, head, targets, 0.7, SUPPRESS).sum().backward(),
@@ -299,7 +299,7 @@ def test_no_tensor_is_as_large_as_all_logits(name, softcap, monkeypatch):
     }
     with LargestTensor() as seen:
         calls[name]()
-    assert seen.elements <= max(16 * V, leaves["weight"].numel(), hidden.numel()) < 997 * V / 20
+    assert seen.elements <= max(16 * V, leaves["weight"].numel(), hidden.numel()) < 331 * V / 20
 
 
 def test_no_rows_give_no_results():

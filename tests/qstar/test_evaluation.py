@@ -337,7 +337,7 @@ def test_the_table_of_text_shows_that_a_temperature_alone_lowers_the_hard_nll():
 
 def test_text_is_scored_without_ever_holding_all_logits(model, tokenizer, monkeypatch):
     V = len(tokenizer)
-    monkeypatch.setattr("qstar_kernels.vocabulary.WORKSPACE_BYTES", 16 * V * 4)
+    monkeypatch.setattr("qstar_kernels.vocabulary.head.WORKSPACE_BYTES", 16 * V * 4)
     found = spans([PROSE * 3], tokenizer, 60)
     with LargestTensor() as seen:
         PlainText(found).score(
