@@ -18,7 +18,7 @@ def test_nll(benchmark, problem):
     """Forward and backward."""
     hidden, head, targets = problem
     hidden = hidden.clone().requires_grad_()
-    benchmark(lambda: torch.autograd.grad(vocabulary.nll(hidden, head, targets).sum(), hidden))
+    benchmark(lambda: torch.autograd.grad(vocabulary.log_likelihood(hidden, head, targets).sum(), hidden))
 
 
 @torch.no_grad()

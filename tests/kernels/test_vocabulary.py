@@ -195,8 +195,8 @@ def test_temperature_zero_is_argmax_of_what_is_not_suppressed(head, rows):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0], ids="temperature={}".format)
 @pytest.mark.parametrize("suppress", [None, SUPPRESS], ids=["all_ids", "suppressed"])
-def test_twenty_thousand_draws_follow_the_softmax_by_chi_square(temperature, suppress, dtype):
-    draws, head = 20_000, {"bias": True, "softcap": 4.0}
+def test_fifty_thousand_draws_follow_the_softmax_by_chi_square(temperature, suppress, dtype):
+    draws, head = 50_000, {"bias": True, "softcap": 4.0}
     leaves, _ = operands(rows=1, dtype=dtype, **head)
     z = naive_logits(leaves["hidden"], leaves, **head)[0].detach() / temperature
     if suppress is not None:

@@ -6,7 +6,7 @@ Legend: M rows, D width, V vocabulary.
 """
 
 from qstar_kernels.vocabulary.head import LinearHead, chunk_rows, logits, mixed_logits
-from qstar_kernels.vocabulary.nll import (
+from qstar_kernels.vocabulary.log_likelihood import (
     entropy,
     log_prob,
     mixed_nll,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -13,6 +13,24 @@ from torch import Tensor
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 WORKSPACE_BYTES = 128 << 20  # one chunk of logits: 1,024 rows of 32k in fp32, large enough for fast products
+
+
+class Workspace:
+    """Keep the memory of one chunk of logits between the calls of a head.
+
+    A CPU's fresh pages cost more than the
+    logits in them; a GPU's allocator keeps freed memory by itself, so none is taken there.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, rows: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return memory [rows, V] on the device of `like`, not initialised; the next taker overwrites it."""
+        old = self._memory
+        if old is None or old.numel() < rows * V or (old.dtype, old.device) != (dtype, like.device):
+            self._memory = like.new_empty(rows * V, dtype=dtype)
+        return self._memory[: rows * V].view(rows, V)  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,7 @@ class LinearHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    workspace: Workspace = field(default_factory=Workspace, repr=False, compare=False)
 
     def only(self, tokens: Tensor) -> LinearHead:
         """Return the head of tokens [S] int64 alone; its softmax is renormalised over them."""
@@ -87,14 +106,13 @@ def chunk_rows(vocabulary: int, bytes_per_logit: int = 4) -> int:
 
 
 def chunks(hidden: Tensor, head: LinearHead, rows: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice, logits [m, V] in `result_dtype`), by chunks; the next chunk overwrites them on a CPU."""
+    """Yield (slice, logits [m, V] in `result_dtype`) of each chunk; the next one overwrites them on a CPU."""
     V, high = len(head.weight), result_dtype(hidden)
     rows = rows or chunk_rows(V, high.itemsize)
     # tensor cores round only the inputs of a product of halves; its sums and its result are fp32
     half = hidden.is_cuda and hidden.dtype == head.weight.dtype != high
     weight = head.weight if half else head.weight.to(high)  # cast once, not once a chunk
-    # a CPU's fresh pages cost more than the logits in them; a GPU's allocator keeps freed memory
-    buffer = None if hidden.is_cuda else hidden.new_empty(min(rows, len(hidden)), V, dtype=high)
+    buffer = None if hidden.is_cuda else head.workspace.take(min(rows, len(hidden)), V, hidden, high)
     for first in range(0, len(hidden), rows):
         at = slice(first, min(first + rows, len(hidden)))
         if half:

@@ -161,15 +161,15 @@ class _TokenNLL(torch.autograd.Function):
             log_p = torch.log_softmax(at_temperature(z, suppress, temperature), dim=1, out=z)
             result[at] = -log_p.gather(1, tokens[at, None]).squeeze(1)
         ctx.save_for_backward(hidden, weight, bias, tokens, suppress)
-        ctx.settings = head.logit_scale, head.softcap, temperature, rows
+        ctx.settings = (head.logit_scale, head.softcap, head.workspace), temperature, rows
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, tokens, suppress = ctx.saved_tensors
-        logit_scale, softcap, temperature, rows = ctx.settings
-        head = LinearHead(weight, bias, logit_scale, softcap)
+        described, temperature, rows = ctx.settings
+        head = LinearHead(weight, bias, *described)
         sums = _Gradients(ctx.needs_input_grad, hidden, head, tokens, temperature)
         for at, z in chunks(hidden, head, rows):
             slope = sums.slope(z)
