@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qstar_kernels.operands import Operands, last_contiguous
+
 SOURCE = Path(__file__).with_name("cpu_forward.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 MOST_WIDE, MOST_SLOTS = 512, 1024  # D and Lk, as in cpu_forward.c
@@ -106,52 +108,37 @@ def built() -> str:
     return _load()[1]
 
 
-def can(q: Tensor, k: Tensor) -> bool:
-    """Whether `forward` takes such operands: all but fp64, heads and blocks of usual size."""
+def supports(q: Tensor, k: Tensor) -> bool:
+    """Whether `forward` takes such operands: all but fp64, with heads and blocks of usual size."""
     fits = q.shape[-1] <= MOST_WIDE and k.shape[2] <= MOST_SLOTS
     return fits and q.dtype != torch.float64 and _load()[0] is not None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor] | None:
-    """out and lse of the operator, or None when a range lies outside of the prefix; a low precision is
-    converted to fp32 some blocks at a time."""
-    end, start = _ranges(prefix_end), None if prefix_start is None else _ranges(prefix_start)
+def forward(operands: Operands) -> tuple[Tensor, Tensor] | None:
+    """Compute out and lse, or return None when a range lies outside the prefix.
+
+    A low precision is converted to fp32 some blocks at a time.
+    """
+    q, k, v, k_prefix, v_prefix, end, start, sinks, *_ = operands.flat()
+    end, start = _ranges(end), None if start is None else _ranges(start)
     sinks = None if sinks is None else sinks.float().contiguous()
-    options = scale, softcap or 0.0, window or 0, own == "causal"
+    options = operands.scale, operands.softcap or 0.0, operands.window or 0, operands.own == "causal"
     if q.dtype == torch.float32:
-        q, k, v, k_prefix, v_prefix = map(_rows, (q, k, v, k_prefix, v_prefix))
-        return _forward(q, k, v, k_prefix, v_prefix, end, start, sinks, *options)
-    k_prefix, v_prefix = (_rows(x.float()) for x in (k_prefix, v_prefix))
-    out, lse = q.new_empty(q.shape), torch.empty(q.shape[:-1])
-    N = q.shape[1]
+        tensors = map(last_contiguous, (q, k, v, k_prefix, v_prefix))
+        return _forward(*tensors, end, start, sinks, *options)
+    k_prefix, v_prefix = (last_contiguous(x.float()) for x in (k_prefix, v_prefix))
+    out, lse = operands.empty_results()
+    N = operands.N
     some = max(1, CONVERTED_BYTES * N // max(1, 4 * q.numel()))
     for i in range(0, N, some):
         blocks = slice(i, min(i + some, N))
-        some_q, some_k, some_v = (_rows(x[:, blocks].float()) for x in (q, k, v))
+        some_q, some_k, some_v = (last_contiguous(x[:, blocks].float()) for x in (q, k, v))
         some_end, some_start = (None if x is None else x[:, blocks].contiguous() for x in (end, start))
         found = _forward(some_q, some_k, some_v, k_prefix, v_prefix, some_end, some_start, sinks, *options)
         if found is None:
             return None
         out[:, blocks], lse[:, blocks] = found
     return out, lse
-
-
-# asked first, not just done: in a sampling loop each call of torch is felt
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _ranges(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
 from qstar_kernels.triton_backward_queries import delta_launch, rows_launch
 from qstar_kernels.triton_common import Launch
@@ -81,25 +82,23 @@ class Gate:
         q, k = meta(1, N, Lq, H * self.G, self.D), meta(1, N, L, H, self.D)
         k_prefix, end = meta(1, T, H, self.D), meta(1, N, dtype=torch.int32)
         row = meta(1, N, Lq, H * self.G, dtype=torch.float32)
-        options = {"own": "causal", "softcap": None, "window": None, "sinks": False} | OPTIONS[self.options]
-        sinks = meta(H * self.G) if options["sinks"] else None
-        own, softcap, window = options["own"], options["softcap"], options["window"]
+        options = dict(OPTIONS[self.options])
+        sinks = meta(H * self.G) if options.pop("sinks", False) else None
+        operands = Operands(q, k, k, k_prefix, k_prefix, end, end, sinks, self.D**-0.5, **options)
         chip = CHIPS[self.chip]
-        operands = (q, k, k, k_prefix, k_prefix, end, end, self.D**-0.5, softcap, window)
         if self.kernel == "forward":
-            return [forward_launch(*operands, sinks, own, q, row, chip=chip)]
+            return [forward_launch(operands, q, row, chip)]
         if self.kernel == "decode":
-            return decode_launches(*operands, sinks, q, row, chip=chip)
+            return decode_launches(operands, q, row, chip)
         if self.kernel == "delta":
             return [delta_launch(q, q, row, row)]
         if self.kernel == "rows":
-            return [rows_launch(*operands, own, q, row, row, q, k, k, chip=chip)]
+            return [rows_launch(operands, q, row, row, q, k, k, chip)]
         own_slots = self.kernel == "own_keys"
-        tile = keys_tile_of(q, k, T, own_slots, chip)
-        part = k
+        tile, part = keys_tile_of(operands, own_slots, chip), k
         if not own_slots:
             part = meta(tile.SPLIT, *k_prefix.shape, dtype=self.dtype if tile.SPLIT == 1 else torch.float32)
-        return [keys_launch(*operands, own, q, row, row, part, part, own_slots=own_slots, tile=tile)]
+        return [keys_launch(operands, q, row, row, part, part, own_slots, tile)]
 
     def check(self) -> tuple[list[Compiled], list[str]]:
         """(what was compiled, why it must not ship)."""
@@ -180,7 +179,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     """Raises what the compiler raises."""
     types, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=TARGETS[chip], options=launch.all_options())
+    binary = triton.compile(source, target=TARGETS[chip], options=launch.options)
     assembly = binary.asm["ptx" if "ptx" in binary.asm else "amdgcn"]
     registers, stack = _resources(binary, assembly)
     return Compiled(
