@@ -146,7 +146,7 @@ def _what_runs(impl: str, device: str, dtype: torch.dtype, shapes: list[Shape]) 
     if found == {"cpu"}:
         for s in shapes:
             q, k = (torch.empty(1, 1, s.L, h, s.D, dtype=dtype, device="meta") for h in (s.Hq, s.Hkv))
-            if not cpu_native.can(q, k):
+            if not cpu_native.supports(q, k):
                 built = cpu_native.built()
                 reason = built if built.startswith("torch") else f"torch's operators: {s} is too large for it"
                 return f"cpu (forward: {reason})", True

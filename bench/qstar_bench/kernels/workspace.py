@@ -19,7 +19,7 @@ PANEL_KEYS = 16  # prefix keys that cpu_forward.c lays out together
 
 def cpu_forward(q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None, softcap: float | None) -> int:
     """Of qstar::thought_attention_cpu, by the C kernel where it takes the operands, else in tiles."""
-    if cpu_native.can(q, k):
+    if cpu_native.supports(q, k):
         return _native_forward(q, k, k_prefix)
     tile, scores, itemsize = _cpu_tile(q, k, k_prefix, sinks)
     slopes = 0 if softcap is None else 2 * scores
