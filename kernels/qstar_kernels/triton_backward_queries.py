@@ -47,10 +47,10 @@ def thought_delta(
 
 @triton.jit
 def _probability(
-    rows, b_k, b_v, m_seen,
+    rows, b_k, b_v,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(P [BLOCK_M, keys], dS / scale in the dtype of the keys)."""
+    """(P, dS / scale / P) [BLOCK_M, keys], before any mask."""
     EXPONENT: tl.constexpr = (SCALE if SOFTCAP is None else SOFTCAP) * LOG2E
     b_q, b_d_out, row_lse, row_delta = rows
     s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)
@@ -59,19 +59,19 @@ def _probability(
     dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION, out_dtype=HIGH) - row_delta[:, None]
     if SOFTCAP is not None:
         dp = dp * (1.0 - s * s)
-    if m_seen is not None:
-        p = tl.where(m_seen, p, 0.0)
-    return p, (p * dp).to(b_k.dtype)
+    return p, dp
 
 
 @triton.jit
 def _add_queries(
-    rows, b_k, b_v, m_seen, acc,
+    scores, b_k, b_v, m_seen, acc,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_D] + dS K / scale."""
-    _, ds = _probability(rows, b_k, b_v, m_seen, SCALE, SOFTCAP, HIGH, PRECISION)
-    return tl.dot(ds, b_k, acc, input_precision=PRECISION, out_dtype=HIGH)
+    p, dp = scores
+    if m_seen is not None:
+        p = tl.where(m_seen, p, 0.0)
+    return tl.dot((p * dp).to(b_k.dtype), b_k, acc, input_precision=PRECISION, out_dtype=HIGH)
 
 
 @triton.jit(do_not_specialize=["N", "T", "Lq", "Lk"])
@@ -105,7 +105,9 @@ def thought_backward_rows(
             s_k_batch, s_k_block, s_k_slot, s_k_head, s_v_batch, s_v_block, s_v_slot, s_v_head, Lk,
             D, BLOCK_D, CAUSAL, WINDOW,
         )  # fmt: skip
-        p, ds = _probability(rows, b_k, b_v, m_seen, SCALE, SOFTCAP, HIGH, PRECISION)
+        p, dp = _probability(rows, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
+        p = tl.where(m_seen, p, 0.0)
+        ds = (p * dp).to(b_k.dtype)
         acc = tl.dot(ds, b_k, acc, input_precision=PRECISION, out_dtype=HIGH)
         if WHOLE_BLOCKS:
             m_own = i_own < own_last
@@ -115,7 +117,8 @@ def thought_backward_rows(
             b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION, out_dtype=HIGH)
             store_tile(dk, o_own_row, D, m_own, b_dk * SCALE, D, BLOCK_D)
     acc = attend_prefix(
-        _add_queries, rows, acc, key_tiles(lower, upper, m_row, BLOCK_N), k_prefix, v_prefix, i_batch, i_head,
+        _probability, _add_queries, rows, acc, key_tiles(lower, upper, m_row, BLOCK_N),
+        k_prefix, v_prefix, i_batch, i_head,
         lower, upper, T, s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
         SCALE, SOFTCAP, D, BLOCK_N, BLOCK_D, HIGH, PRECISION, TMA,
     )  # fmt: skip

@@ -129,15 +129,16 @@ def load_prefix(
 
 @triton.jit
 def attend_prefix(
-    step: tl.constexpr, rows, sums, tiles, k_prefix, v_prefix, i_batch, i_head, lower, upper, T,
+    score: tl.constexpr, add: tl.constexpr, rows, sums, tiles, k_prefix, v_prefix, i_batch, i_head, lower, upper, T,
     s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HIGH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`sums` after `step` took in every tile of prefix keys: first those that need a mask, then the others.
+    """`sums` after every tile of prefix keys was added: first those that need a mask, then the others.
 
-    sums = step(rows, k [BLOCK_N, BLOCK_D], v alike, m_seen [BLOCK_M, BLOCK_N] or None, sums, SCALE, SOFTCAP,
-    HIGH, PRECISION); tiles are those of `key_tiles`.
+    scores = score(rows, k [BLOCK_N, BLOCK_D], v alike, SCALE ..), sums = add(scores, k, v, m_seen [BLOCK_M,
+    BLOCK_N] or None, sums, SCALE ..); tiles are those of `key_tiles`. In two parts because a mask made before
+    the scores costs registers.
     """
     first, whole, whole_end, last = tiles
     skipped = whole_end - whole
@@ -149,14 +150,16 @@ def attend_prefix(
             k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
             s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
         )  # fmt: skip
+        scores = score(rows, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
         m_seen = (i_key[None, :] >= lower[:, None]) & (i_key[None, :] < upper[:, None])
-        sums = step(rows, b_k, b_v, m_seen, sums, SCALE, SOFTCAP, HIGH, PRECISION)
+        sums = add(scores, b_k, b_v, m_seen, sums, SCALE, SOFTCAP, HIGH, PRECISION)
     for i_key_tile in tl.range(whole, whole_end):
         b_k, b_v = load_prefix(
             k_prefix, v_prefix, i_key_tile * BLOCK_N, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
             s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
         )  # fmt: skip
-        sums = step(rows, b_k, b_v, None, sums, SCALE, SOFTCAP, HIGH, PRECISION)
+        scores = score(rows, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
+        sums = add(scores, b_k, b_v, None, sums, SCALE, SOFTCAP, HIGH, PRECISION)
     return sums
 
 

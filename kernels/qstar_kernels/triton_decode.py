@@ -32,7 +32,7 @@ from qstar_kernels.triton_common import (
     store_tile,
     with_prefix,
 )
-from qstar_kernels.triton_forward import take_in
+from qstar_kernels.triton_forward import add_values, score
 from qstar_kernels.triton_tiles import Chip, ceil_div, decode_tile, delta_tile
 
 
@@ -98,7 +98,8 @@ def thought_decode(
         whole = tl.minimum(tl.maximum(whole, first), tl.maximum(last, first))
         whole_end = tl.minimum(tl.maximum(whole_end, whole), tl.maximum(last, whole))
     acc, total, top = attend_prefix(
-        take_in, b_q, (acc, total, top), (first, whole, whole_end, last), k_prefix, v_prefix, i_batch, i_head,
+        score, add_values, b_q, (acc, total, top), (first, whole, whole_end, last),
+        k_prefix, v_prefix, i_batch, i_head,
         lower, upper, T, s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
         SCALE, SOFTCAP, D, BLOCK_N, BLOCK_D, HIGH, PRECISION, TMA,
     )  # fmt: skip

@@ -32,15 +32,23 @@ from qstar_kernels.triton_tiles import Chip, ceil_div, forward_tile
 
 
 @triton.jit
-def take_in(
-    b_q, b_k, b_v, m_seen, sums,
+def score(
+    b_q, b_k, b_v,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of rows b_q [BLOCK_M, BLOCK_D] takes in keys and values [keys, BLOCK_D]."""
+    """Scores [BLOCK_M, keys] of rows b_q and keys b_k, before any mask and times EXPONENT in log2."""
+    s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)
+    return capped(s, SCALE, SOFTCAP)
+
+
+@triton.jit
+def add_values(
+    s, b_k, b_v, m_seen, sums,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax takes in scores s [BLOCK_M, keys] and values b_v [keys, BLOCK_D]."""
     EXPONENT: tl.constexpr = (SCALE if SOFTCAP is None else SOFTCAP) * LOG2E
     acc, total, top = sums
-    s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, keys]
-    s = capped(s, SCALE, SOFTCAP)
     if m_seen is not None:
         s = tl.where(m_seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * EXPONENT)
@@ -86,9 +94,11 @@ def thought_forward(
             s_k_batch, s_k_block, s_k_slot, s_k_head, s_v_batch, s_v_block, s_v_slot, s_v_head, Lk,
             D, BLOCK_D, CAUSAL, WINDOW,
         )  # fmt: skip
-        sums = take_in(b_q, b_k, b_v, m_seen, sums, SCALE, SOFTCAP, HIGH, PRECISION)
+        s = score(b_q, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
+        sums = add_values(s, b_k, b_v, m_seen, sums, SCALE, SOFTCAP, HIGH, PRECISION)
     acc, total, top = attend_prefix(
-        take_in, b_q, sums, key_tiles(lower, upper, m_row, BLOCK_N), k_prefix, v_prefix, i_batch, i_head,
+        score, add_values, b_q, sums, key_tiles(lower, upper, m_row, BLOCK_N),
+        k_prefix, v_prefix, i_batch, i_head,
         lower, upper, T, s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
         SCALE, SOFTCAP, D, BLOCK_N, BLOCK_D, HIGH, PRECISION, TMA,
     )  # fmt: skip
