@@ -129,7 +129,8 @@ def load_prefix(
 
 @triton.jit
 def attend_prefix(
-    score: tl.constexpr, add: tl.constexpr, rows, sums, tiles, k_prefix, v_prefix, i_batch, i_head, lower, upper, T,
+    score: tl.constexpr, add: tl.constexpr, rows, sums, tiles,
+    k_prefix, v_prefix, i_batch, i_head, lower, upper, T,
     s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HIGH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
