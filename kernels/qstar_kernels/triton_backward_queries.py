@@ -25,6 +25,7 @@ from qstar_kernels.triton_common import (
     load_own,
     load_rows,
     load_tile,
+    own_range,
     program_rows,
     store_tile,
     with_prefix,
@@ -89,13 +90,14 @@ def thought_backward_rows(
     TILE_ROWS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper, own_first, own_last = program_rows(
-        prefix_start, prefix_end, N, T, Lq, Lk, H, G, WINDOW, CAUSAL, BLOCK_M, TILE_ROWS
+    i_tile, i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper = program_rows(
+        prefix_start, prefix_end, N, T, Lq, Lk, H, G, WINDOW, BLOCK_M, TILE_ROWS
     )
     b_q, b_d_out, row_lse, row_delta, o_row = load_rows(
         q, d_out, lse, delta, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
         H, G, D, BLOCK_D,
     )  # fmt: skip
+    own_first, own_last = own_range(i_tile, N, Lq, Lk, G, CAUSAL, TILE_ROWS)
     rows = (b_q, b_d_out, row_lse, row_delta)
     acc = tl.zeros([BLOCK_M, BLOCK_D], HIGH)
     for o_own in tl.range(own_first, own_last, BLOCK_OWN, num_stages=1):

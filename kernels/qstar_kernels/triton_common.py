@@ -43,11 +43,10 @@ def row_ranges(
 @triton.jit
 def program_rows(
     prefix_start, prefix_end, N, T, Lq, Lk, H: tl.constexpr, G: tl.constexpr, WINDOW: tl.constexpr,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, TILE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(batch row, head, rows [BLOCK_M], which are real, block, slot, first prefix key, end of prefix keys,
-    first own key, end of own keys) of this program; own keys are numbered through the blocks, from the first
-    row's block up to the last row's slot."""
+    """Return the program's tile, batch row and head, its rows [BLOCK_M], which of them are real, and what
+    `row_ranges` says of them."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks see the most keys: they start first
     i_batch, i_head = tl.program_id(1) // H, tl.program_id(1) % H
     i_row = i_tile * TILE_ROWS + tl.arange(0, BLOCK_M)
@@ -55,26 +54,38 @@ def program_rows(
     i_block, i_slot, lower, upper = row_ranges(
         i_row, m_row, prefix_start, prefix_end, i_batch, N, T, Lq, Lk, G, WINDOW
     )
+    return i_tile, i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper
+
+
+@triton.jit
+def own_range(i_tile, N, Lq, Lk, G: tl.constexpr, CAUSAL: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """Return the first own key of a tile of rows and the end: own keys are numbered through the blocks, from
+    the first row's block up to the last row's slot."""
     first_row = i_tile * TILE_ROWS
     last_token = (tl.minimum(first_row + TILE_ROWS, N * Lq * G) - 1) // G
     own_first = first_row // G // Lq * Lk
     own_last = (last_token // Lq + 1) * Lk
     if CAUSAL:
         own_last += last_token % Lq + 1 - Lq
-    return i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper, own_first, own_last
+    return own_first, own_last
 
 
 @triton.jit
 def load_queries(
-    q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(q [BLOCK_M, BLOCK_D], query heads, places [BLOCK_M] in contiguous tensors [B, N, Lq, Hq]) of rows."""
+    """Return q [BLOCK_M, BLOCK_D] of rows, and their query heads [BLOCK_M]."""
     i_query_head = i_head * G + i_row % G
     o_query = i_batch.to(tl.int64) * s_q_batch + i_query_head.to(tl.int64) * s_q_head
-    o_row = (i_batch.to(tl.int64) * N * Lq + i_row // G) * (H * G) + i_query_head
     b_q = load_tile(q, (i_row // G).to(tl.int64) * s_q_token + o_query, 1, m_row, D, BLOCK_D)
-    return b_q, i_query_head, o_row
+    return b_q, i_query_head
+
+
+@triton.jit
+def row_offsets(i_row, i_query_head, i_batch, N, Lq, H: tl.constexpr, G: tl.constexpr):
+    """Return the offsets [BLOCK_M] of rows in a contiguous [B, N, Lq, Hq]."""
+    return (i_batch.to(tl.int64) * N * Lq + i_row // G) * (H * G) + i_query_head
 
 
 @triton.jit
@@ -135,11 +146,11 @@ def attend_prefix(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HIGH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`sums` after every tile of prefix keys was added: first those that need a mask, then the others.
+    """Return `sums` after every tile of prefix keys was added: first those that need a mask, then the others.
 
-    scores = score(rows, k [BLOCK_N, BLOCK_D], v alike, SCALE ..), sums = add(scores, k, v, m_seen [BLOCK_M,
-    BLOCK_N] or None, sums, SCALE ..); tiles are those of `key_tiles`. In two parts because a mask made before
-    the scores costs registers.
+    scores = score(rows, k [BLOCK_N, BLOCK_D], v alike, SCALE, SOFTCAP, HIGH, PRECISION);
+    sums = add(scores, k, v, m_seen [BLOCK_M, BLOCK_N] or None, sums, SCALE, SOFTCAP, HIGH, PRECISION);
+    tiles are those of `key_tiles`. Two functions, because a mask made before the scores costs registers.
     """
     first, whole, whole_end, last = tiles
     skipped = whole_end - whole
@@ -193,11 +204,12 @@ def load_rows(
     q, d_out, lse, delta, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(q [BLOCK_M, D], d_out [BLOCK_M, D], lse in log2, delta, places) of rows; a row that is not real has an
-    infinite lse, hence probability 0."""
-    b_q, _, o_row = load_queries(
-        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq, H, G, D, BLOCK_D
+    """Return q and d_out [BLOCK_M, BLOCK_D], lse in log2, delta and `row_offsets` of rows. A row that is not
+    real has an infinite lse, hence probability 0."""
+    b_q, i_query_head = load_queries(
+        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, G, D, BLOCK_D
     )
+    o_row = row_offsets(i_row, i_query_head, i_batch, N, Lq, H, G)
     b_d_out = load_tile(d_out, o_row, D, m_row, D, BLOCK_D)
     row_lse = tl.load(lse + o_row, mask=m_row, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + o_row, mask=m_row, other=0.0)

@@ -28,6 +28,7 @@ from qstar_kernels.triton_common import (
     launch,
     load_queries,
     load_tile,
+    row_offsets,
     row_ranges,
     store_tile,
     with_prefix,
@@ -61,8 +62,8 @@ def thought_decode(
     i_block, _, lower, upper = row_ranges(
         i_row, m_row, prefix_start, prefix_end, i_batch, N, T, 1, Lk, G, WINDOW
     )
-    b_q, i_query_head, o_row = load_queries(
-        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, 1, H, G, D, BLOCK_D
+    b_q, i_query_head = load_queries(
+        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, G, D, BLOCK_D
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], HIGH)
     top = tl.full([BLOCK_M], NOTHING_SEEN, HIGH)
@@ -106,6 +107,7 @@ def thought_decode(
 
     row_lse = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
     total = tl.where(total > 0, total, 1.0)  # a share of the prefix may hold no key of a row
+    o_row = row_offsets(i_row, i_query_head, i_batch, N, 1, H, G)
     o_split = i_split.to(tl.int64) * s_split
     store_tile(out + o_split * D, o_row, D, m_row, acc / total[:, None], D, BLOCK_D)
     tl.store(lse + o_split + o_row, row_lse, mask=m_row)

@@ -24,7 +24,9 @@ from qstar_kernels.triton_common import (
     launch,
     load_own,
     load_queries,
+    own_range,
     program_rows,
+    row_offsets,
     store_tile,
     with_prefix,
 )
@@ -74,12 +76,13 @@ def thought_forward(
     TILE_ROWS: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper, own_first, own_last = program_rows(
-        prefix_start, prefix_end, N, T, Lq, Lk, H, G, WINDOW, CAUSAL, BLOCK_M, TILE_ROWS
+    i_tile, i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper = program_rows(
+        prefix_start, prefix_end, N, T, Lq, Lk, H, G, WINDOW, BLOCK_M, TILE_ROWS
     )
-    b_q, i_query_head, o_row = load_queries(
-        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq, H, G, D, BLOCK_D
+    b_q, i_query_head = load_queries(
+        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, G, D, BLOCK_D
     )
+    own_first, own_last = own_range(i_tile, N, Lq, Lk, G, CAUSAL, TILE_ROWS)
     acc = tl.zeros([BLOCK_M, BLOCK_D], HIGH)
     if sinks is not None:
         top = tl.load(sinks + i_query_head).to(HIGH) * LOG2E
@@ -103,6 +106,7 @@ def thought_forward(
         SCALE, SOFTCAP, D, BLOCK_N, BLOCK_D, HIGH, PRECISION, TMA,
     )  # fmt: skip
 
+    o_row = row_offsets(i_row, i_query_head, i_batch, N, Lq, H, G)  # here, not at the load: fewer registers
     total = tl.where(m_row, total, 1.0)
     store_tile(out, o_row, D, m_row, acc / total[:, None], D, BLOCK_D)
     tl.store(lse + o_row, (top + tl.log2(total)) * LN2, mask=m_row)
