@@ -13,13 +13,16 @@ import torch
 import triton_cases
 from triton_cases import CASES, FLASH_CASES, PROPERTIES, failures
 
-# fp32 differs from fp64 by its tiles, its sums and its rounding, not by the case: a few reach every branch.
+# fp64 runs every case. fp32 and descriptors (TMA) run those that together reach every line of the kernels.
 FP32 = (
     "groups_of_4", "one_slot_of_4", "split_prefix_of_one_block", "split_prefix_padded", "split_keys",
     "late_slots_of_a_large_block", "T0", "D80", "D256", "own_full_large", "scale_negative", "softcap_50",
     "window_large_block", "everything", "everything_full",
 )  # fmt: skip
-TMA = ("groups_of_4", "split_prefix_padded", "T111_many_blocks", "D80", "documents", "everything")
+TMA = (
+    "groups_of_4", "split_prefix_of_one_block", "split_prefix_padded", "T111_many_blocks", "T0", "D80", "documents",
+    "window_large_block", "everything",
+)  # fmt: skip
 FP16 = ("groups_of_4", "everything", "everything_full", "block_larger_than_a_tile")
 FLASH_FP32 = ("groups_of_4", "one_slot", "sinks_scale", "block_larger_than_a_tile", "D80")
 RUNS = [
