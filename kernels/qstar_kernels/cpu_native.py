@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """$QSTAR_CACHE, or `qstar` in the user's cache folder."""
+    """Return $QSTAR_CACHE, or `qstar` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qstar"
     return Path(os.environ.get("QSTAR_CACHE") or default)
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: a cache may be shared by machines."""
+    """Return what `-march=native` depends on: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -47,7 +47,10 @@ def _processor() -> str:
 
 
 def build(compiler: str, folder: Path) -> Path:
-    """The built library's path. Raises OSError or subprocess.CalledProcessError when it cannot be built."""
+    """Build the library unless it exists, and return its path.
+
+    Raises OSError or subprocess.CalledProcessError when it cannot be built.
+    """
     key = "\0".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()))
     library = folder / f"cpu_forward-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -85,7 +88,7 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """(the library or None, what `built` says)."""
+    """Return the library or None, and what `built` says."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None, "torch's operators: no C compiler was found"
@@ -104,12 +107,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def built() -> str:
-    """What computes the forward pass in fp32 on this machine's CPU: for a benchmark's head line."""
+    """Say what computes the forward pass in fp32 on this machine's CPU: for a benchmark's first lines."""
     return _load()[1]
 
 
 def supports(q: Tensor, k: Tensor) -> bool:
-    """Whether `forward` takes such operands: all but fp64, with heads and blocks of usual size."""
+    """Say whether `forward` takes such operands: all but fp64, with D <= 512 and Lk <= 1024."""
     fits = q.shape[-1] <= MOST_WIDE and k.shape[2] <= MOST_SLOTS
     return fits and q.dtype != torch.float64 and _load()[0] is not None
 
@@ -124,8 +127,8 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor] | None:
     sinks = None if sinks is None else sinks.float().contiguous()
     options = operands.scale, operands.softcap or 0.0, operands.window or 0, operands.own == "causal"
     if q.dtype == torch.float32:
-        tensors = map(last_contiguous, (q, k, v, k_prefix, v_prefix))
-        return _forward(*tensors, end, start, sinks, *options)
+        q, k, v, k_prefix, v_prefix = map(last_contiguous, (q, k, v, k_prefix, v_prefix))
+        return _forward(q, k, v, k_prefix, v_prefix, end, start, sinks, *options)
     k_prefix, v_prefix = (last_contiguous(x.float()) for x in (k_prefix, v_prefix))
     out, lse = operands.empty_results()
     N = operands.N

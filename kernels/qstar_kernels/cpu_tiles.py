@@ -265,4 +265,5 @@ def backward(
         for x in (dk_prefix, dv_prefix)
     )
     d_sinks = None if sinks is None or d_sinks is None else d_sinks.flatten().to(sinks.dtype)
-    return (*gradients, dk_prefix, dv_prefix, d_sinks)
+    d_queries, d_keys, d_values = gradients
+    return d_queries, d_keys, d_values, dk_prefix, dv_prefix, d_sinks

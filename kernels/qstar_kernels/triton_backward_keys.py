@@ -2,7 +2,7 @@
 
 It serves the prefix (all blocks' rows; several programs may share a tile, each writing its own partial sum,
 so the result does not depend on the order they run in) and the own slots of blocks too large for one tile of
-triton_backward. Legend as in triton_forward.
+triton_backward_queries. Legend as in triton_forward.
 """
 
 from __future__ import annotations

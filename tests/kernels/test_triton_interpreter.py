@@ -20,8 +20,8 @@ FP32 = (
     "window_large_block", "everything", "everything_full",
 )  # fmt: skip
 TMA = (
-    "groups_of_4", "split_prefix_of_one_block", "split_prefix_padded", "T111_many_blocks", "T0", "D80", "documents",
-    "window_large_block", "everything",
+    "groups_of_4", "split_prefix_of_one_block", "split_prefix_padded", "T111_many_blocks", "T0", "D80",
+    "documents", "window_large_block", "everything",
 )  # fmt: skip
 FP16 = ("groups_of_4", "everything", "everything_full", "block_larger_than_a_tile")
 FLASH_FP32 = ("groups_of_4", "one_slot", "sinks_scale", "block_larger_than_a_tile", "D80")

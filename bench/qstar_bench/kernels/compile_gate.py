@@ -71,7 +71,7 @@ class Gate:
         return f"{self.kernel}-{self.chip}-{dtype}-D{self.D}-G{self.G}-{self.options}"
 
     def launches(self) -> list[Launch]:
-        """What the launchers would run for these operands on that chip."""
+        """Make the launches that these operands need on that chip."""
         N, T, H = 1024, 1024, 8
         L = {"own_keys": 40}.get(self.kernel, 14)
         Lq = 1 if self.kernel == "decode" else L
@@ -101,7 +101,7 @@ class Gate:
         return [keys_launch(operands, q, row, row, part, part, own_slots, tile)]
 
     def check(self) -> tuple[list[Compiled], list[str]]:
-        """(what was compiled, why it must not ship)."""
+        """Compile the kernels; return what they became, and the reasons not to ship them."""
         compiled = [compile_launch(launch, self.chip) for launch in self.launches()]
         spills_allowed = self.D not in (64, 128)
         complaints = [
@@ -113,7 +113,7 @@ class Gate:
 
 
 def matrix() -> list[Gate]:
-    """Every kernel x chip x dtype x D x groups x option."""
+    """Return every kernel x chip x dtype x D x groups x option."""
     return [
         Gate(kernel, chip, dtype, D, G, options)
         for chip in TARGETS
@@ -140,7 +140,7 @@ class Compiled:
     bulk_copies: int | None = None
 
     def complaints(self, spills_allowed: bool, tensor_cores: bool) -> list[str]:
-        """Why this kernel must not ship; empty when it may."""
+        """Return the reasons not to ship this kernel."""
         found = []
         if tensor_cores and not self.tensor_core_instructions:
             found.append(f"no {TENSOR_CORES[self.chip]} instruction")
@@ -154,7 +154,7 @@ class Compiled:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """(types, constants, attributes) as the just-in-time compiler would derive them from the arguments."""
+    """Return types, constants and attributes, as the just-in-time compiler derives them from the arguments."""
     types, constants, attributes = {}, {}, {}
     for i_parameter, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -176,7 +176,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
-    """Raises what the compiler raises."""
+    """Compile one launch for a chip. Raises what the compiler raises."""
     types, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=TARGETS[chip], options=launch.options)
@@ -195,7 +195,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
 
 
 def _resources(binary: Any, assembly: str) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     if "cubin" not in binary.asm:
         vector = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
