@@ -154,7 +154,7 @@ class Compiled:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """Return types, constants and attributes, as the just-in-time compiler derives them from the arguments."""
+    """Return types, constants and attributes, as the JIT compiler derives them from the arguments."""
     types, constants, attributes = {}, {}, {}
     for i_parameter, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]

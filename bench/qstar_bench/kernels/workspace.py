@@ -18,7 +18,7 @@ PANEL_KEYS = 16  # prefix keys that cpu_forward.c lays out together
 
 
 def cpu_forward(q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None, softcap: float | None) -> int:
-    """Count the bytes of qstar::thought_attention_cpu: of the C kernel where it takes the operands, else of tiles."""
+    """Count the bytes of qstar::thought_attention_cpu, by the C kernel where it supports q and k."""
     if cpu_native.supports(q, k):
         return _native_forward(q, k, k_prefix)
     tile, scores, itemsize = _cpu_tile(q, k, k_prefix, sinks)
@@ -46,8 +46,8 @@ def triton_forward(q: Tensor, k: Tensor, k_prefix: Tensor, chip: Chip) -> int:
 
 
 def triton_backward(q: Tensor, k: Tensor, k_prefix: Tensor, chip: Chip) -> int:
-    """Count the bytes of qstar::thought_attention_backward on a chip: delta, and the partial sums of dk_prefix
-    and dv_prefix."""
+    """Count the bytes of qstar::thought_attention_backward on a chip: delta, and the partial sums of
+    dk_prefix and dv_prefix."""
     B, N, Lq, Hq, D = q.shape
     H, T = k.shape[3], k_prefix.shape[1]
     tile = keys_tile(
@@ -78,7 +78,7 @@ def _native_forward(q: Tensor, k: Tensor, k_prefix: Tensor) -> int:
 def _cpu_tile(
     q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None
 ) -> tuple[dict[str, int], int, int]:
-    """Count the elements of a tile's q, own k and products with own slots, its scores, and bytes an element."""
+    """Count elements of a tile's q, own k and own products, elements of its scores, and bytes an element."""
     B, N, Lq, Hq, D = q.shape
     T, Lk, H = k_prefix.shape[1], k.shape[2], k.shape[3]
     W, columns, itemsize = Lq * Hq // H, T + Lk + (sinks is not None), _high(q).itemsize
