@@ -10,82 +10,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qstar_kernels import cpu_tiles as engine
+from qstar_kernels import cpu_native, cpu_tiles
+from qstar_kernels.operands import SCHEMA, Operands
+
+FORWARD_SCHEMA = f"({SCHEMA}) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = f"(Tensor d_out, Tensor d_lse, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})"
 
 
-@torch.library.custom_op("qstar::thought_attention_cpu", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    return engine.forward(
-        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
-    )
+def _forward(*flat) -> tuple[Tensor, Tensor]:
+    """Compute out and lse by the C kernel where it takes the operands, else in tiles."""
+    operands = Operands(*flat)
+    if cpu_native.supports(operands.q, operands.k):
+        results = cpu_native.forward(operands)
+        if results is not None:
+            return results
+    operands.check_ranges()
+    with torch.autocast("cpu", enabled=False):
+        return cpu_tiles.forward(operands)
 
 
+_forward_op = torch.library.custom_op(
+    "qstar::thought_attention_cpu", _forward, mutates_args=(), schema=FORWARD_SCHEMA
+)
 # The same without a gradient, and without the Python that torch runs around a custom operator: in a sampling
 # loop it costs a third of the kernel's own time.
-_SCHEMA = torch.library.infer_schema(engine.forward, mutates_args=())
-torch.library.define("qstar::thought_attention_cpu_no_grad", _SCHEMA)
-torch.library.impl("qstar::thought_attention_cpu_no_grad", "CPU", engine.forward)
+torch.library.define("qstar::thought_attention_cpu_no_grad", FORWARD_SCHEMA)
+torch.library.impl("qstar::thought_attention_cpu_no_grad", "CPU", _forward)
 _forward_no_grad = torch.ops.qstar.thought_attention_cpu_no_grad.default
 
 
 @torch.library.register_fake("qstar::thought_attention_cpu_no_grad")
 @_forward_op.register_fake
-def _(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own):
-    high = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=high)
+def _(*flat):
+    return Operands(*flat).empty_results()
 
 
-@torch.library.custom_op("qstar::thought_attention_cpu_backward", mutates_args=())
-def _backward_op(
-    d_out: Tensor,
-    d_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dk_prefix, dv_prefix, dsinks); dsinks is empty without sinks."""
-    options = engine.Options(scale, softcap, window, own)
+@torch.library.custom_op("qstar::thought_attention_cpu_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _backward_op(d_out, d_lse, *flat):
+    """Return (dq, dk, dv, dk_prefix, dv_prefix, dsinks); dsinks is empty without sinks."""
     with torch.autocast("cpu", enabled=False):
-        dq, dk, dv, dk_prefix, dv_prefix, d_sinks = engine.backward(
-            d_out, d_lse, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, options
-        )
-    return dq, dk, dv, dk_prefix, dv_prefix, d_lse.new_empty(0) if d_sinks is None else d_sinks
+        *gradients, d_sinks = cpu_tiles.backward(d_out, d_lse, Operands(*flat))
+    return (*gradients, d_lse.new_empty(0) if d_sinks is None else d_sinks)
 
 
 @_backward_op.register_fake
-def _(
-    d_out, d_lse, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
-):  # fmt: skip
-    like = [x.new_empty(x.shape) for x in (q, k, v, k_prefix, v_prefix)]
-    return (*like, d_lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
+def _(d_out, d_lse, *flat):
+    operands = Operands(*flat)
+    sinks = operands.sinks
+    d_sinks = d_lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return (*operands.empty_gradients(), d_sinks)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, scale, softcap, window, own = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = scale, softcap, window, own
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
@@ -97,20 +75,7 @@ def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
 _forward_op.register_autograd(_gradients, setup_context=_save)
 
 
-def cpu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    """See `thought_attention`."""
+def cpu_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Compute `thought_attention` on a CPU. Raises ValueError for a range outside the prefix."""
     operator = _forward_op if torch.is_grad_enabled() else _forward_no_grad
-    return operator(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own)
+    return operator(*operands.flat())

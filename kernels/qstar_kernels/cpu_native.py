@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qstar_kernels.operands import Operands, last_contiguous
+
 SOURCE = Path(__file__).with_name("cpu_forward.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 MOST_WIDE, MOST_SLOTS = 512, 1024  # D and Lk, as in cpu_forward.c
@@ -30,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """$QSTAR_CACHE, or `qstar` in the user's cache folder."""
+    """Return $QSTAR_CACHE, or `qstar` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qstar"
     return Path(os.environ.get("QSTAR_CACHE") or default)
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: a cache may be shared by machines."""
+    """Return what `-march=native` depends on: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -45,7 +47,10 @@ def _processor() -> str:
 
 
 def build(compiler: str, folder: Path) -> Path:
-    """The built library's path. Raises OSError or subprocess.CalledProcessError when it cannot be built."""
+    """Build the library unless it exists, and return its path.
+
+    Raises OSError or subprocess.CalledProcessError when it cannot be built.
+    """
     key = "\0".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()))
     library = folder / f"cpu_forward-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -83,7 +88,7 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """(the library or None, what `built` says)."""
+    """Return the library or None, and what `built` says."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None, "torch's operators: no C compiler was found"
@@ -102,56 +107,41 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def built() -> str:
-    """What computes the forward pass in fp32 on this machine's CPU: for a benchmark's head line."""
+    """Say what computes the forward pass in fp32 on this machine's CPU: for a benchmark's first lines."""
     return _load()[1]
 
 
-def can(q: Tensor, k: Tensor) -> bool:
-    """Whether `forward` takes such operands: all but fp64, heads and blocks of usual size."""
+def supports(q: Tensor, k: Tensor) -> bool:
+    """Say whether `forward` takes such operands: all but fp64, with D <= 512 and Lk <= 1024."""
     fits = q.shape[-1] <= MOST_WIDE and k.shape[2] <= MOST_SLOTS
     return fits and q.dtype != torch.float64 and _load()[0] is not None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor] | None:
-    """out and lse of the operator, or None when a range lies outside of the prefix; a low precision is
-    converted to fp32 some blocks at a time."""
-    end, start = _ranges(prefix_end), None if prefix_start is None else _ranges(prefix_start)
+def forward(operands: Operands) -> tuple[Tensor, Tensor] | None:
+    """Compute out and lse, or return None when a range lies outside the prefix.
+
+    A low precision is converted to fp32 some blocks at a time.
+    """
+    q, k, v, k_prefix, v_prefix, end, start, sinks, *_ = operands.flat()
+    end, start = _ranges(end), None if start is None else _ranges(start)
     sinks = None if sinks is None else sinks.float().contiguous()
-    options = scale, softcap or 0.0, window or 0, own == "causal"
+    options = operands.scale, operands.softcap or 0.0, operands.window or 0, operands.own == "causal"
     if q.dtype == torch.float32:
-        q, k, v, k_prefix, v_prefix = map(_rows, (q, k, v, k_prefix, v_prefix))
+        q, k, v, k_prefix, v_prefix = map(last_contiguous, (q, k, v, k_prefix, v_prefix))
         return _forward(q, k, v, k_prefix, v_prefix, end, start, sinks, *options)
-    k_prefix, v_prefix = (_rows(x.float()) for x in (k_prefix, v_prefix))
-    out, lse = q.new_empty(q.shape), torch.empty(q.shape[:-1])
-    N = q.shape[1]
+    k_prefix, v_prefix = (last_contiguous(x.float()) for x in (k_prefix, v_prefix))
+    out, lse = operands.empty_results()
+    N = operands.N
     some = max(1, CONVERTED_BYTES * N // max(1, 4 * q.numel()))
     for i in range(0, N, some):
         blocks = slice(i, min(i + some, N))
-        some_q, some_k, some_v = (_rows(x[:, blocks].float()) for x in (q, k, v))
+        some_q, some_k, some_v = (last_contiguous(x[:, blocks].float()) for x in (q, k, v))
         some_end, some_start = (None if x is None else x[:, blocks].contiguous() for x in (end, start))
         found = _forward(some_q, some_k, some_v, k_prefix, v_prefix, some_end, some_start, sinks, *options)
         if found is None:
             return None
         out[:, blocks], lse[:, blocks] = found
     return out, lse
-
-
-# asked first, not just done: in a sampling loop each call of torch is felt
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _ranges(x: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ R blocks at each of the tokens 1 .. P: with the slots of a token's blocks folded
 group, the prefix part is square causal attention, and the log-sum-exps merge it with the own slots exactly.
 The backward calls torch's flash backward with the global out and lse, which makes each part's gradient exact
 (merging in autograd would drop the gradient of lse). torch's operator is flash-attention 2, or what
-`torch.nn.attention.activate_flash_attention_impl` put in its place. A user's choice, never taken by itself:
-that the blocks are regular is looked up, which waits for the GPU, and folding copies q. Legend as in cpu.py.
+`torch.nn.attention.activate_flash_attention_impl` put in its place. It runs only when named: it reads whether
+the blocks are regular, which waits for the GPU, and folding copies q. Legend as in cpu_tiles.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,20 +19,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qstar_kernels import triton_attention
+from qstar_kernels.operands import Operands, last_contiguous
 
 WIDEST = 256  # head width that the flash kernels take
 
 
-def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None) -> str | None:
-    """Why it cannot run on such operands, or None when it can. None is not looked at."""
+def unsupported_reason(
+    device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None
+) -> str | None:
+    """Say why it cannot run on such operands, or None when it can; None is not checked."""
     if torch.device(device).type == "cuda" and dtype not in (None, torch.bfloat16, torch.float16):
         return f"q.dtype is {dtype}, supported are bf16 and fp16"
-    return triton_attention.why_not(device, dtype, D)
+    return triton_attention.unsupported_reason(device, dtype, D)
 
 
 def thoughts_at_each_token(prefix_start: Tensor, prefix_end: Tensor, T: int) -> int | None:
-    """R when every row's blocks are R at each of the tokens 1 .. N / R and see all before, or are padding and
-    see nothing; else None."""
+    """Return R when every row has R blocks at each of the tokens 1 .. N / R that see all before, or padding
+    that sees nothing; else None. Waits for the GPU."""
     N = prefix_end.shape[1]
     if not prefix_end.numel() or bool(prefix_start.any()):
         return None
@@ -43,7 +47,8 @@ def thoughts_at_each_token(prefix_start: Tensor, prefix_end: Tensor, T: int) -> 
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple]:
-    """Causal q [B, Hq, P, D], k, v [B, H, P, D] -> out, lse [B, Hq, P], and what the backward wants."""
+    """Attend causally from q [B, Hq, P, D] to k, v [B, H, P, D]: out, lse [B, Hq, P], and what the backward
+    wants."""
     if q.is_cuda:
         out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, True, False, scale=scale
@@ -54,7 +59,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def _flash_backward(d_out, q, k, v, out, lse, rest, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of that call, of any out and lse: also of the global ones."""
+    """Compute dq, dk, dv of that call for any out and lse: also for the global ones."""
     if q.is_cuda:
         cum_q, cum_k, max_q, max_k, seed, offset = rest
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -66,13 +71,13 @@ def _flash_backward(d_out, q, k, v, out, lse, rest, scale) -> tuple[Tensor, Tens
 
 
 def _fold(x: Tensor, R: int, H: int) -> Tensor:
-    """[B, P * R, Lq, H * G, ...] -> [B, H * (R * Lq * G), P, ...]."""
+    """Reorder [B, P * R, Lq, H * G, ...] as [B, H * (R * Lq * G), P, ...]."""
     x = x.unflatten(1, (-1, R)).unflatten(4, (H, -1))  # [B, P, R, Lq, H, G, ...]
     return x.permute(0, 4, 2, 3, 5, 1, *range(6, x.ndim)).flatten(1, 4)
 
 
 def _unfold(x: Tensor, like: Tensor, R: int, H: int) -> Tensor:
-    """The inverse of `_fold`; `like` has the shape of the result up to its heads."""
+    """Undo `_fold`; `like` has the shape of the result up to its heads."""
     Lq, Hq = like.shape[2:4]
     x = x.unflatten(1, (H, R, Lq, Hq // H))  # [B, H, R, Lq, G, P, ...]
     return x.permute(0, 5, 2, 3, 1, 4, *range(6, x.ndim)).flatten(4, 5).flatten(1, 2)
@@ -80,22 +85,24 @@ def _unfold(x: Tensor, like: Tensor, R: int, H: int) -> Tensor:
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, k_prefix, v_prefix, sinks, padding, scale, own, R):
-        B, N, _, _, D = q.shape
-        H, P = k.shape[3], N // R
+    def forward(ctx: Any, R: int, *flat):
+        operands = Operands(*flat)
+        q, k_prefix, v_prefix, scale = operands.q, operands.k_prefix, operands.v_prefix, operands.scale
+        H, P = operands.Hkv, operands.N // R
         keys, values = (x[:, :P].transpose(1, 2) for x in (k_prefix, v_prefix))
         part, part_lse, ctx.rest = _flash(_fold(q, R, H), keys, values, scale)
         part, part_lse = _unfold(part, q, R, H), _unfold(part_lse, q, R, H)
+        padding = operands.prefix_end == 0
         part_lse = part_lse.masked_fill(padding[..., None, None], -torch.inf)
         # without a prefix the Triton kernels compute the own part
-        empty, nothing = k.new_empty(B, 0, H, D), torch.zeros_like(padding, dtype=torch.int32)
-        ctx.own = (empty, empty, nothing, nothing, sinks, scale, None, None, own)
-        own_out, own_lse = triton_attention._forward_op(q, k, v, *ctx.own)
+        empty, nothing = k_prefix[:, :0].contiguous(), torch.zeros_like(operands.prefix_end)
+        ctx.own = replace(operands, k_prefix=empty, v_prefix=empty, prefix_end=nothing).flat()[3:]
+        own_out, own_lse = triton_attention._forward_op(*flat[:3], *ctx.own)
         lse = torch.logaddexp(part_lse, own_lse)
         out = part * (part_lse - lse).exp()[..., None] + own_out * (own_lse - lse).exp()[..., None]
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, k_prefix, v_prefix, out, lse, padding)
-        ctx.scale, ctx.R, ctx.has_sinks = scale, R, sinks is not None
+        ctx.save_for_backward(*flat[:5], out, lse, padding)
+        ctx.scale, ctx.R, ctx.has_sinks = scale, R, operands.sinks is not None
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -126,35 +133,25 @@ class _Flash(torch.autograd.Function):
         dq = dq + _unfold(part, q, R, H)[..., :D]
         rest = k_prefix.shape[1] - keys.shape[2]
         dk_prefix, dv_prefix = (pad(x.transpose(1, 2)[..., :D], (0, 0, 0, 0, 0, rest)) for x in of_prefix)
-        return dq, dk, dv, dk_prefix, dv_prefix, d_sinks if ctx.has_sinks else None, *[None] * 4
+        d_sinks = d_sinks if ctx.has_sinks else None
+        return None, dq, dk, dv, dk_prefix, dv_prefix, None, None, d_sinks, *[None] * 4
 
 
-def flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    """See `thought_attention`."""
-    for name, value in (("softcap", softcap), ("window", window)):
-        if value is not None:
-            raise ValueError(f"impl = 'flash': {name} = {value} is not supported; impl = 'triton' does it")
-    if scale <= 0:
-        raise ValueError(f"impl = 'flash': scale = {scale}: must be positive")
-    R = thoughts_at_each_token(prefix_start, prefix_end, k_prefix.shape[1])
+def flash(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Compute `thought_attention`. prefix_start must not be None.
+
+    Raises ValueError for irregular blocks, softcap, window, and a scale that is not positive.
+    """
+    for name in ("softcap", "window"):
+        if (value := getattr(operands, name)) is not None:
+            raise ValueError(f"impl = 'flash': {name} = {value}: must be None; use impl = 'triton'")
+    if operands.scale <= 0:
+        raise ValueError(f"impl = 'flash': scale = {operands.scale}: must be positive")
+    assert operands.prefix_start is not None
+    R = thoughts_at_each_token(operands.prefix_start, operands.prefix_end, operands.T)
     if R is None:
         raise ValueError(
-            "impl = 'flash': the blocks are not R at each of the tokens 1, 2, ...; impl = 'triton' takes any"
+            "impl = 'flash': the blocks are not R at each of the tokens 1, 2, ...; use impl = 'triton'"
         )
-    q, k, v, k_prefix, v_prefix = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, k_prefix, v_prefix)
-    )
-    return _Flash.apply(q, k, v, k_prefix, v_prefix, sinks, prefix_end == 0, scale, own, R)
+    q, k, v, k_prefix, v_prefix, *rest = operands.flat()
+    return _Flash.apply(R, *map(last_contiguous, (q, k, v, k_prefix, v_prefix)), *rest)

@@ -1,7 +1,7 @@
 """Thought attention by torch's FlexAttention, under a block mask of position-major rows.
 
-A user's choice and a baseline, never taken by itself: it compiles for seconds when a shape is new. On a CPU
-torch has its forward pass alone: no gradient, lse is NaN there, and sinks, which need lse, are refused.
+It runs only when named, as a baseline: it compiles for seconds when a shape is new. On a CPU torch has its
+forward pass alone: no gradient, lse is NaN, and sinks, which need lse, raise.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
+from qstar_kernels.operands import Operands
+
 
 @functools.cache
 def _compiled(device: str):
     if device == "cpu":
-        # Inductor's C++ for the mask, and of attention for changing shapes, does not always compile there: so
-        # the mask is made as a dense one first
+        # Inductor's C++ for the mask, and for attention of changing shapes, does not always compile: the mask
+        # is made as a dense one first
         return create_block_mask, torch.compile(flex_attention, dynamic=False)
     # not compiled, the first would hold the dense mask and the second all scores
     return torch.compile(create_block_mask), torch.compile(flex_attention)
@@ -27,8 +29,10 @@ def _gives_lse(q: Tensor) -> bool:
     return q.is_cuda
 
 
-def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None) -> str | None:
-    """Why FlexAttention cannot run on such operands, or None when it can. None is not looked at."""
+def unsupported_reason(
+    device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None
+) -> str | None:
+    """Say why FlexAttention cannot run on such operands, or None when it can; None is not checked."""
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         return f"the tensors are on {kind}; supported are cpu and cuda"
@@ -39,34 +43,20 @@ def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int
     return None
 
 
-def flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    """See `thought_attention`."""
-    B, N, Lq = q.shape[:3]
-    T, Lk = k_prefix.shape[1], k.shape[2]
+def flex(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Compute `thought_attention`. Raises ValueError for a gradient or sinks on a CPU."""
+    q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own = (
+        operands.flat()
+    )
+    B, N, Lq, Lk, T = operands.B, operands.N, operands.Lq, operands.Lk, operands.T
     has_lse = _gives_lse(q)
-    if not has_lse and sinks is not None:
-        raise ValueError("impl = 'flex': sinks need lse, which FlexAttention does not give on a CPU")
-    if (
-        not has_lse
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in (q, k, v, k_prefix, v_prefix))
-    ):
-        raise ValueError("impl = 'flex': FlexAttention has no backward on a CPU; use impl = 'cpu'")
+    if not has_lse:
+        if sinks is not None:
+            raise ValueError("impl = 'flex': sinks need lse, which FlexAttention does not give on a CPU")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, k_prefix, v_prefix)):
+            raise ValueError("impl = 'flex': FlexAttention has no backward on a CPU; use impl = 'cpu'")
     if not q.numel():
-        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        return operands.empty_results()
 
     def rule(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         n, slot = row // Lq, row % Lq + (Lk - Lq)
@@ -81,7 +71,6 @@ def flex(
         return prefix | block
 
     def cap(score: Tensor, b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     make_mask, attend = _compiled(q.device.type)
@@ -93,9 +82,8 @@ def flex(
     )
     options = {"score_mod": None if softcap is None else cap, "block_mask": block_mask, "scale": scale}
     if not has_lse:
-        rows, keys, values = (
-            x.detach() for x in (rows, keys, values)
-        )  # else torch refuses them, even under no_grad
+        # torch refuses leaves that want a gradient, even under no_grad
+        rows, keys, values = (x.detach() for x in (rows, keys, values))
         out = attend(rows, keys, values, enable_gqa=True, **options)
         return out.transpose(1, 2).reshape(q.shape), q.new_full(q.shape[:-1], torch.nan, dtype=torch.float32)
     out, aux = attend(rows, keys, values, enable_gqa=True, return_aux=AuxRequest(lse=True), **options)

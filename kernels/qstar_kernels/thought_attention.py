@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qstar_kernels.checks import check_operands, check_ranges
 from qstar_kernels.cpu_attention import cpu_attention
+from qstar_kernels.operands import Operands
 from qstar_kernels.reference import reference
 
 
 # Imported when first called: Triton may be missing, and FlexAttention is slow to import. By import
 # statements, which torch.compile can follow.
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(operands: Operands) -> tuple[Tensor, Tensor]:
     from qstar_kernels.triton_attention import triton_attention
 
-    return triton_attention(*arguments)
+    return triton_attention(operands)
 
 
-def _flash(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _flash(operands: Operands) -> tuple[Tensor, Tensor]:
     from qstar_kernels.flash import flash
 
-    return flash(*arguments)
+    return flash(operands)
 
 
-def _flex(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _flex(operands: Operands) -> tuple[Tensor, Tensor]:
     from qstar_kernels.flex import flex
 
-    return flex(*arguments)
+    return flex(operands)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Operands], tuple[Tensor, Tensor]]] = {
     "reference": reference,
     "cpu": cpu_attention,
     "triton": _triton,
@@ -45,36 +44,38 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def resolve_impl(
     impl: str, device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None
 ) -> str:
-    """The name of the implementation that runs for `impl` on a device. Raises ValueError when it cannot.
+    """Name the implementation that runs for `impl` on a device. Raises ValueError where it cannot run.
 
-    "auto" takes cpu on a CPU; on a GPU triton for heads 64, 80, 96, 128 or 256 wide in bf16, fp16 or fp32,
-    and reference for all else. flash and flex are taken only by name.
+    "auto" takes cpu on a CPU. On a GPU it takes triton for heads 64, 80, 96, 128 or 256 wide in bf16, fp16 or
+    fp32, and reference for all else. flash and flex run only when named.
     """
     kind = torch.device(device).type
     if impl == "auto":
         if kind == "cpu":
             return "cpu"
-        return "reference" if _why_not("triton", device, dtype, D) else "triton"
+        return "reference" if _unsupported_reason("triton", device, dtype, D) else "triton"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: must be 'auto' or one of {sorted(IMPLEMENTATIONS)}")
     if impl == "cpu" and kind != "cpu":
         raise ValueError(f"impl = 'cpu': the tensors are on {kind}")
-    if impl in ("triton", "flash", "flex") and (reason := _why_not(impl, device, dtype, D)):
+    if impl in ("triton", "flash", "flex") and (reason := _unsupported_reason(impl, device, dtype, D)):
         raise ValueError(f"impl = {impl!r}: {reason}")
     return impl
 
 
-def _why_not(impl: str, device: torch.device | str, dtype: torch.dtype | None, D: int | None) -> str | None:
+def _unsupported_reason(
+    impl: str, device: torch.device | str, dtype: torch.dtype | None, D: int | None
+) -> str | None:
     try:
         if impl == "triton":
-            from qstar_kernels.triton_attention import why_not
+            from qstar_kernels.triton_attention import unsupported_reason
         elif impl == "flash":
-            from qstar_kernels.flash import why_not
+            from qstar_kernels.flash import unsupported_reason
         else:
-            from qstar_kernels.flex import why_not
+            from qstar_kernels.flex import unsupported_reason
     except ImportError as error:
         return f"{error.name or error} is not installed"
-    return why_not(device, dtype, D)
+    return unsupported_reason(device, dtype, D)
 
 
 def thought_attention(
@@ -93,40 +94,41 @@ def thought_attention(
     own: str = "causal",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of slots, each attending to its own range of a shared prefix and to its own earlier slots.
+    """Attend from blocks of slots, each to its own range of a shared prefix and to its own earlier slots.
 
     out[b, n, i, h] = softmax([q.k_prefix[s:e] ; q.k[n, 0..slot(i)]]) [v_prefix[s:e] ; v[n, 0..slot(i)]], with
     s, e = prefix_start[b, n], prefix_end[b, n]; the queries are the last Lq of the block's Lk slots.
 
     Args:
-        q: [B, N, Lq, Hq, D]; k, v: [B, N, Lk, Hkv, D], Lq <= Lk, Hq a multiple of Hkv (grouped queries).
-        k_prefix, v_prefix: [B, T, Hkv, D]. All of one dtype: fp64, fp32, bf16 or fp16.
-        prefix_end, prefix_start: [B, N] int32 or int64, 0 <= start <= end <= T (start None: 0). A padded
-            block has start = end. Out-of-range values raise on a CPU; on a GPU, which would have to be
-            waited for, they are not looked at.
-        scale: of q.k, default D ** -0.5. softcap: scores become softcap * tanh(score / softcap).
-        window: a key is seen when query position - key position < window, slot s being at prefix_end + s.
-        sinks: [Hq], one more logit in each softmax's denominator. own: "causal", or "full": all Lk own slots.
-        impl: "auto" (see `resolve_impl`), "cpu", "triton", "flash" (regular blocks, no softcap or window: see
-            flash.py), "flex" (FlexAttention; forward only on a CPU, where lse is NaN) or "reference" (the
-            dense mask).
+        q: [B, N, Lq, Hq, D].
+        k, v: [B, N, Lk, Hkv, D]; Lq <= Lk, and Hq is a multiple of Hkv (grouped queries).
+        k_prefix, v_prefix: [B, T, Hkv, D], like q, k and v in fp64, fp32, bf16 or fp16, all of one dtype.
+        prefix_end: [B, N] int32 or int64. A padded block has prefix_start = prefix_end.
+        prefix_start: the same, None for 0; 0 <= prefix_start <= prefix_end <= T. Values outside that range
+            raise on a CPU; on a GPU they are not checked, because checking would synchronise.
+        scale: factor of q.k, by default D ** -0.5.
+        softcap: scores become softcap * tanh(score / softcap).
+        window: a key is seen when query position - key position < window; slot s is at prefix_end + s.
+        sinks: [Hq], one more logit in the denominator of each softmax.
+        own: "causal", or "full" when a query sees all Lk own slots.
+        impl: "auto" (see `resolve_impl`), "cpu", "triton", "flash" (regular blocks without softcap and
+            window: see flash.py), "flex" (FlexAttention; on a CPU forward only, and lse is NaN) or
+            "reference" (the dense mask).
 
     Returns:
         out like q, and lse [B, N, Lq, Hq], natural logarithm, fp32 (fp64 for fp64). Gradients flow through
         both.
 
     Raises:
-        ValueError, naming the argument, its value and what is allowed.
+        ValueError: an argument is wrong; the message has its name, its value and what is allowed.
     """
-    check_operands(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, softcap, window, sinks, own)
-    name = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
-    if name != "cpu":  # it looks at the ranges itself, and needs no zeros to start from
-        check_ranges(prefix_end, prefix_start, k_prefix.shape[1])
-        if prefix_start is None:
-            prefix_start = torch.zeros_like(prefix_end)
-    if k_prefix.shape[1] == 0 and k_prefix.stride() != k_prefix.contiguous().stride():
-        k_prefix, v_prefix = k_prefix.contiguous(), v_prefix.contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return IMPLEMENTATIONS[name](
-        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks, own
+    operands = Operands(
+        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
     )
+    operands.check()
+    name = resolve_impl(impl, q.device, q.dtype, q.shape[-1])
+    if name == "cpu":  # it checks the ranges itself, and needs no zeros to start from
+        return cpu_attention(operands)
+    operands.check_ranges()
+    return IMPLEMENTATIONS[name](operands.with_start())

@@ -6,9 +6,12 @@ triton is imported) they run on CPU tensors, slowly, for tests.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from qstar_kernels.operands import SCHEMA, Operands
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
 from qstar_kernels.triton_backward_queries import delta_launch, rows_launch
 from qstar_kernels.triton_common import interpreted
@@ -19,83 +22,52 @@ from qstar_kernels.triton_tiles import HEAD_WIDTHS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _high(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+FORWARD_SCHEMA = f"({SCHEMA}) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = (
+    f"(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})"
+)
 
 
-@torch.library.custom_op("qstar::thought_attention", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=_high(q.dtype), device=q.device)
-    operands = (q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, sinks)
-    if q.shape[2] == 1:
-        for launch in decode_launches(*operands, out, lse):
+@torch.library.custom_op("qstar::thought_attention", mutates_args=(), schema=FORWARD_SCHEMA)
+def _forward_op(*flat):
+    operands = Operands(*flat)
+    out, lse = operands.empty_results()
+    if operands.Lq == 1:
+        for launch in decode_launches(operands, out, lse):
             launch.run()
     else:
-        forward_launch(*operands, own, out, lse).run()
+        forward_launch(operands, out, lse).run()
     return out, lse
 
 
 @_forward_op.register_fake
-def _(q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own):
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:-1], dtype=_high(q.dtype), device=q.device),
-    )
+def _(*flat):
+    return Operands(*flat).empty_results()
 
 
-@torch.library.custom_op("qstar::thought_attention_backward", mutates_args=())
-def _backward_op(
-    d_out: Tensor,
-    d_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dk_prefix, dv_prefix, dsinks); dsinks is empty without sinks."""
+@torch.library.custom_op("qstar::thought_attention_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _backward_op(d_out, d_lse, out, lse, *flat):
+    """Return (dq, dk, dv, dk_prefix, dv_prefix, dsinks); dsinks is empty without sinks."""
+    operands = Operands(*flat)
+    sinks, dtype = operands.sinks, operands.q.dtype
     d_out, delta = d_out.contiguous(), torch.empty_like(lse)
     delta_launch(out, d_out, d_lse.contiguous(), delta).run()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    operands = (q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, scale, softcap, window, own)
-    rows = rows_launch(*operands, d_out, lse, delta, dq, dk, dv)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (operands.q, operands.k, operands.v))
+    rows = rows_launch(operands, d_out, lse, delta, dq, dk, dv)
     rows.run()
     if not rows.tile.WHOLE_BLOCKS:
-        tile = keys_tile_of(q, k, k_prefix.shape[1], own_slots=True)
-        keys_launch(*operands, d_out, lse, delta, dk, dv, own_slots=True, tile=tile).run()
-    tile = keys_tile_of(q, k, k_prefix.shape[1], own_slots=False)
-    partial = q.dtype if tile.SPLIT == 1 else lse.dtype
+        tile = keys_tile_of(operands, own_slots=True)
+        keys_launch(operands, d_out, lse, delta, dk, dv, own_slots=True, tile=tile).run()
+    tile = keys_tile_of(operands, own_slots=False)
+    partial = dtype if tile.SPLIT == 1 else lse.dtype
     dk_prefix, dv_prefix = (
-        torch.empty(tile.SPLIT, *x.shape, dtype=partial, device=x.device) for x in (k_prefix, v_prefix)
+        x.new_empty(tile.SPLIT, *x.shape, dtype=partial) for x in (operands.k_prefix, operands.v_prefix)
     )
-    keys_launch(*operands, d_out, lse, delta, dk_prefix, dv_prefix, own_slots=False, tile=tile).run()
+    keys_launch(operands, d_out, lse, delta, dk_prefix, dv_prefix, own_slots=False, tile=tile).run()
     if tile.SPLIT == 1:
         dk_prefix, dv_prefix = dk_prefix[0], dv_prefix[0]
     else:
-        dk_prefix, dv_prefix = (x.sum(0).to(q.dtype) for x in (dk_prefix, dv_prefix))
+        dk_prefix, dv_prefix = (x.sum(0).to(dtype) for x in (dk_prefix, dv_prefix))
     if sinks is None:
         d_sinks = lse.new_empty(0)
     else:
@@ -104,18 +76,16 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    d_out, d_lse, out, lse, q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks,
-    scale, softcap, window, own,
-):  # fmt: skip
-    like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, k_prefix, v_prefix)]
-    return (*like, lse.new_empty(0) if sinks is None else torch.empty_like(sinks))
+def _(d_out, d_lse, out, lse, *flat):
+    operands = Operands(*flat)
+    sinks = operands.sinks
+    d_sinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return (*operands.empty_gradients(), d_sinks)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, scale, softcap, window, own = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.options = scale, softcap, window, own
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
@@ -127,8 +97,10 @@ def _gradients(ctx, d_out: Tensor, d_lse: Tensor):
 _forward_op.register_autograd(_gradients, setup_context=_save)
 
 
-def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None) -> str | None:
-    """Why the kernels cannot run on such operands, or None when they can. None is not looked at."""
+def unsupported_reason(
+    device: torch.device | str, dtype: torch.dtype | None = None, D: int | None = None
+) -> str | None:
+    """Say why the kernels cannot run on such operands, or None when they can; None is not checked."""
     on_interpreter = interpreted(thought_forward)
     kind = torch.device(device).type
     if kind != "cuda" and not (kind == "cpu" and on_interpreter):
@@ -142,26 +114,14 @@ def why_not(device: torch.device | str, dtype: torch.dtype | None = None, D: int
     return None
 
 
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    own: str,
-) -> tuple[Tensor, Tensor]:
-    """See `thought_attention`; products in the operands' dtype, sums in fp32."""
-    reason = why_not(q.device, q.dtype, q.shape[-1])
+def triton_attention(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Compute `thought_attention`: products in the operands' dtype, sums in fp32.
+
+    Raises ValueError where the kernels cannot run. prefix_start must not be None.
+    """
+    reason = unsupported_reason(operands.q.device, operands.q.dtype, operands.D)
     if reason is not None:
         raise ValueError(f"impl = 'triton': {reason}")
-    if scale <= 0:  # the kernels take a row's largest product for its largest score
-        q, scale = q * scale, 1.0
-    return _forward_op(
-        q, k, v, k_prefix, v_prefix, prefix_end, prefix_start, sinks, scale, softcap, window, own
-    )
+    if operands.scale <= 0:  # the kernels take a row's largest product for its largest score
+        operands = replace(operands, q=operands.q * operands.scale, scale=1.0)
+    return _forward_op(*operands.flat())

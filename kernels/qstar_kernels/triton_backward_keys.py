@@ -2,7 +2,7 @@
 
 It serves the prefix (all blocks' rows; several programs may share a tile, each writing its own partial sum,
 so the result does not depend on the order they run in) and the own slots of blocks too large for one tile of
-triton_backward. Legend as in triton_forward.
+triton_backward_queries. Legend as in triton_forward.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_common import (
     LOG2E,
     Launch,
     capped,
     chip_of,
+    common_arguments,
+    launch,
+    load_rows,
     load_tile,
     own_seen,
     row_ranges,
     store_tile,
 )
-from qstar_kernels.triton_forward import common_arguments
 from qstar_kernels.triton_tiles import Chip, Tile, ceil_div, keys_tile
 
 
@@ -77,23 +80,6 @@ def _accumulate(
     return acc_k, acc_v
 
 
-@triton.jit
-def _load_rows(
-    q, d_out, lse, delta, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(q [BLOCK_M, D], d_out [BLOCK_M, D], lse in log2, delta) of rows; a row that is not real has lse
-    infinite, hence probability 0."""
-    i_query_head = i_head * G + i_row % G
-    o_query = i_batch.to(tl.int64) * s_q_batch + i_query_head.to(tl.int64) * s_q_head
-    o_row = (i_batch.to(tl.int64) * N * Lq + i_row // G) * (H * G) + i_query_head
-    b_q = load_tile(q, (i_row // G).to(tl.int64) * s_q_token + o_query, 1, m_row, D, BLOCK_D)
-    b_d_out = load_tile(d_out, o_row, D, m_row, D, BLOCK_D)
-    row_lse = tl.load(lse + o_row, mask=m_row, other=float("inf")) * LOG2E
-    row_delta = tl.load(delta + o_row, mask=m_row, other=0.0)
-    return b_q, b_d_out, row_lse, row_delta
-
-
 @triton.jit(do_not_specialize=["N", "T", "Lq", "Lk"])
 def thought_backward_keys(
     q, k, v, prefix_start, prefix_end, d_out, lse, delta, dk, dv,
@@ -146,7 +132,7 @@ def thought_backward_keys(
     for i_tile in tl.range(tile, tl.minimum(tile_end, masked_tiles)):
         i_row = row + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_row = i_row < row_end
-        b_q, b_d_out, row_lse, row_delta = _load_rows(
+        b_q, b_d_out, row_lse, row_delta, _ = load_rows(
             q, d_out, lse, delta, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
             H, G, D, BLOCK_D,
         )  # fmt: skip
@@ -166,7 +152,7 @@ def thought_backward_keys(
     if not OWN:
         for i_tile in tl.range(tl.maximum(tile, masked_tiles), tile_end):
             i_row = row + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            b_q, b_d_out, row_lse, row_delta = _load_rows(
+            b_q, b_d_out, row_lse, row_delta, _ = load_rows(
                 q, d_out, lse, delta, i_row, i_row < row_end, i_batch, i_head, s_q_batch, s_q_token, s_q_head,
                 N, Lq, H, G, D, BLOCK_D,
             )  # fmt: skip
@@ -182,17 +168,7 @@ def thought_backward_keys(
 
 
 def keys_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    own: str,
+    operands: Operands,
     d_out: Tensor,
     lse: Tensor,
     delta: Tensor,
@@ -201,51 +177,33 @@ def keys_launch(
     own_slots: bool,
     tile: Tile,
 ) -> Launch:
-    """Fills dk, dv: of the own slots like k, or partial sums of the prefix, [SPLIT, B, T, Hkv, D]."""
-    B, N, Lk, H = k.shape[:4]
-    T = k_prefix.shape[1]
-    arguments = common_arguments(q, k, v, k_prefix, v_prefix) | {
-        "prefix_start": prefix_start.contiguous(),
-        "prefix_end": prefix_end.contiguous(),
-        "d_out": d_out,
-        "lse": lse,
-        "delta": delta,
-        "dk": dk,
-        "dv": dv,
-        "s_split": 0 if own_slots else dk.stride(0),
-        "SCALE": scale,
-        "SOFTCAP": softcap,
-        "WINDOW": window,
-        "CAUSAL": own == "causal" and own_slots,  # of the prefix, one kernel for both
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_D": tile.BLOCK_D,
-        "BLOCK_SCAN": tile.BLOCK_SCAN,
-        "SPLIT": 1 if own_slots else tile.SPLIT,
-        "OWN": own_slots,
-    }
-    prefix = {name: arguments.pop(name) for name in list(arguments) if "_prefix" in name and name[0] in "kv"}
-    strides = {name: arguments.pop(name) for name in list(arguments) if name.startswith(("s_kp_", "s_vp_"))}
+    """Make the call that fills dk, dv: of the own slots like k, or partial sums of the prefix, [SPLIT, B, T,
+    Hkv, D]; tile as from keys_tile_of."""
+    x, arguments = operands, common_arguments(operands)
     if not own_slots:
-        arguments |= {"k": prefix["k_prefix"], "v": prefix["v_prefix"]}
-        for x in ("k", "v"):
-            arguments |= {f"s_{x}_{axis}": strides[f"s_{x}p_{axis}"] for axis in ("batch", "head")}
-            arguments |= {f"s_{x}_block": 0, f"s_{x}_slot": strides[f"s_{x}p_key"]}
-    tiles = N * ceil_div(Lk, tile.BLOCK_N) if own_slots else ceil_div(T, tile.BLOCK_N) * tile.SPLIT
-    return Launch(thought_backward_keys, (tiles, B * H), arguments, tile)
+        for name in ("k", "v"):
+            arguments[name] = arguments[f"{name}_prefix"]
+            arguments |= {f"s_{name}_{axis}": arguments[f"s_{name}p_{axis}"] for axis in ("batch", "head")}
+            arguments |= {f"s_{name}_block": 0, f"s_{name}_slot": arguments[f"s_{name}p_key"]}
+        arguments["CAUSAL"] = False  # one kernel for both: the prefix part is the same
+    tiles = x.N * ceil_div(x.Lk, tile.BLOCK_N) if own_slots else ceil_div(x.T, tile.BLOCK_N) * tile.SPLIT
+    return launch(
+        thought_backward_keys, (tiles, x.B * x.Hkv), tile, **arguments,
+        d_out=d_out, lse=lse, delta=delta, dk=dk, dv=dv,
+        s_split=0 if own_slots else dk.stride(0), OWN=own_slots,
+    )  # fmt: skip
 
 
-def keys_tile_of(q: Tensor, k: Tensor, T: int, own_slots: bool, chip: Chip | None = None) -> Tile:
-    """The keys kernel's tile for these operands; its SPLIT says how many partial sums to hold."""
-    B, N, Lq, Hq, D = q.shape
-    H = k.shape[3]
+def keys_tile_of(operands: Operands, own_slots: bool, chip: Chip | None = None) -> Tile:
+    """Choose the keys kernel's tile for these operands; its SPLIT says how many partial sums to hold."""
+    x = operands
     return keys_tile(
-        D=D,
-        itemsize=q.element_size(),
-        rows=N * Lq * (Hq // H),
-        keys=k.shape[2] if own_slots else T,
-        heads=B * H,
+        D=x.D,
+        itemsize=x.q.element_size(),
+        rows=x.N * x.Lq * x.G,
+        keys=x.Lk if own_slots else x.T,
+        heads=x.B * x.Hkv,
         split=not own_slots,
-        N=N,
-        chip=chip or chip_of(q),
+        N=x.N,
+        chip=chip or chip_of(x.q),
     )

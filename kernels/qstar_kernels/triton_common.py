@@ -6,7 +6,7 @@ each) and query head h * G + r % G, so that rows of a tile are neighbours that s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qstar_kernels.operands import Operands, last_contiguous
 from qstar_kernels.triton_tiles import CHIPS, Chip, Tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -37,6 +38,54 @@ def row_ranges(
     if WINDOW is not None:
         lower = tl.maximum(lower, end + i_slot - WINDOW + 1)
     return i_block, i_slot, lower, tl.minimum(end, T)
+
+
+@triton.jit
+def program_rows(
+    prefix_start, prefix_end, N, T, Lq, Lk, H: tl.constexpr, G: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return the program's tile, batch row and head, its rows [BLOCK_M], which of them are real, and what
+    `row_ranges` says of them."""
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late blocks see the most keys: they start first
+    i_batch, i_head = tl.program_id(1) // H, tl.program_id(1) % H
+    i_row = i_tile * TILE_ROWS + tl.arange(0, BLOCK_M)
+    m_row = (tl.arange(0, BLOCK_M) < TILE_ROWS) & (i_row < N * Lq * G)
+    i_block, i_slot, lower, upper = row_ranges(
+        i_row, m_row, prefix_start, prefix_end, i_batch, N, T, Lq, Lk, G, WINDOW
+    )
+    return i_tile, i_batch, i_head, i_row, m_row, i_block, i_slot, lower, upper
+
+
+@triton.jit
+def own_range(i_tile, N, Lq, Lk, G: tl.constexpr, CAUSAL: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """Return the first own key of a tile of rows and the end: own keys are numbered through the blocks, from
+    the first row's block up to the last row's slot."""
+    first_row = i_tile * TILE_ROWS
+    last_token = (tl.minimum(first_row + TILE_ROWS, N * Lq * G) - 1) // G
+    own_first = first_row // G // Lq * Lk
+    own_last = (last_token // Lq + 1) * Lk
+    if CAUSAL:
+        own_last += last_token % Lq + 1 - Lq
+    return own_first, own_last
+
+
+@triton.jit
+def load_queries(
+    q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return q [BLOCK_M, BLOCK_D] of rows, and their query heads [BLOCK_M]."""
+    i_query_head = i_head * G + i_row % G
+    o_query = i_batch.to(tl.int64) * s_q_batch + i_query_head.to(tl.int64) * s_q_head
+    b_q = load_tile(q, (i_row // G).to(tl.int64) * s_q_token + o_query, 1, m_row, D, BLOCK_D)
+    return b_q, i_query_head
+
+
+@triton.jit
+def row_offsets(i_row, i_query_head, i_batch, N, Lq, H: tl.constexpr, G: tl.constexpr):
+    """Return the offsets [BLOCK_M] of rows in a contiguous [B, N, Lq, Hq]."""
+    return (i_batch.to(tl.int64) * N * Lq + i_row // G) * (H * G) + i_query_head
 
 
 @triton.jit
@@ -90,6 +139,43 @@ def load_prefix(
 
 
 @triton.jit
+def attend_prefix(
+    score: tl.constexpr, add: tl.constexpr, rows, sums, tiles,
+    k_prefix, v_prefix, i_batch, i_head, lower, upper, T,
+    s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HIGH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return `sums` after every tile of prefix keys was added: first those that need a mask, then the others.
+
+    scores = score(rows, k [BLOCK_N, BLOCK_D], v alike, SCALE, SOFTCAP, HIGH, PRECISION);
+    sums = add(scores, k, v, m_seen [BLOCK_M, BLOCK_N] or None, sums, SCALE, SOFTCAP, HIGH, PRECISION);
+    tiles are those of `key_tiles`. Two functions, because a mask made before the scores costs registers.
+    """
+    first, whole, whole_end, last = tiles
+    skipped = whole_end - whole
+    for i_masked in tl.range(first, last - skipped):
+        i_key_tile = tl.where(i_masked < whole, i_masked, i_masked + skipped)
+        o_key = i_key_tile * BLOCK_N
+        i_key = o_key + tl.arange(0, BLOCK_N)
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
+        scores = score(rows, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
+        m_seen = (i_key[None, :] >= lower[:, None]) & (i_key[None, :] < upper[:, None])
+        sums = add(scores, b_k, b_v, m_seen, sums, SCALE, SOFTCAP, HIGH, PRECISION)
+    for i_key_tile in tl.range(whole, whole_end):
+        b_k, b_v = load_prefix(
+            k_prefix, v_prefix, i_key_tile * BLOCK_N, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
+            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
+        )  # fmt: skip
+        scores = score(rows, b_k, b_v, SCALE, SOFTCAP, HIGH, PRECISION)
+        sums = add(scores, b_k, b_v, None, sums, SCALE, SOFTCAP, HIGH, PRECISION)
+    return sums
+
+
+@triton.jit
 def load_own(
     k, v, i_own, own_last, i_block, i_slot, i_batch, i_head,
     s_k_batch, s_k_block, s_k_slot, s_k_head,
@@ -111,6 +197,23 @@ def load_own(
         CAUSAL, WINDOW,
     )  # fmt: skip
     return b_k, b_v, m_seen
+
+
+@triton.jit
+def load_rows(
+    q, d_out, lse, delta, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, N, Lq,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return q and d_out [BLOCK_M, BLOCK_D], lse in log2, delta and `row_offsets` of rows. A row that is not
+    real has an infinite lse, hence probability 0."""
+    b_q, i_query_head = load_queries(
+        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, G, D, BLOCK_D
+    )
+    o_row = row_offsets(i_row, i_query_head, i_batch, N, Lq, H, G)
+    b_d_out = load_tile(d_out, o_row, D, m_row, D, BLOCK_D)
+    row_lse = tl.load(lse + o_row, mask=m_row, other=float("inf")) * LOG2E
+    row_delta = tl.load(delta + o_row, mask=m_row, other=0.0)
+    return b_q, b_d_out, row_lse, row_delta, o_row
 
 
 @triton.jit
@@ -155,22 +258,62 @@ def interpreted(kernel: Any) -> bool:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """fp32 products follow torch's own switch, torch.set_float32_matmul_precision."""
+    """Name the precision of products: fp32 follows torch.set_float32_matmul_precision."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
 
 
+def high_of(x: Tensor) -> tl.dtype:
+    """Return the dtype of sums of products of x's dtype."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def common_arguments(operands: Operands) -> dict[str, Any]:
+    """Name the operands, strides, sizes and options as the kernels do."""
+    x = operands
+    tokens = x.q.reshape(
+        x.B, x.N * x.Lq, x.Hq, x.D
+    )  # a view, unless blocks and slots are not one stride apart
+    own, prefix = ("batch", "block", "slot", "head"), ("batch", "key", "head")
+    arguments: dict[str, Any] = {
+        "prefix_start": None if x.prefix_start is None else x.prefix_start.contiguous(),
+        "prefix_end": x.prefix_end.contiguous(),
+        "sinks": x.sinks,
+        "SCALE": x.scale,
+        "SOFTCAP": x.softcap,
+        "WINDOW": x.window,
+        "CAUSAL": x.own == "causal",
+        "HIGH": high_of(x.q),
+        "PRECISION": precision_of(x.q.dtype),
+    }
+    arguments |= {"N": x.N, "T": x.T, "Lq": x.Lq, "Lk": x.Lk, "H": x.Hkv, "G": x.G, "D": x.D}
+    for name, short, tensor, axes in (
+        ("q", "q", tokens, ("batch", "token", "head")),
+        ("k", "k", x.k, own),
+        ("v", "v", x.v, own),
+        ("k_prefix", "kp", x.k_prefix, prefix),
+        ("v_prefix", "vp", x.v_prefix, prefix),
+    ):
+        arguments[name] = tensor = last_contiguous(tensor)
+        arguments |= {f"s_{short}_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
+    return arguments
+
+
 def prefix_operands(k_prefix: Tensor, v_prefix: Tensor, tile: Tile, chip: Chip) -> dict[str, Any]:
-    """The kernel arguments k_prefix, v_prefix and TMA: descriptors where the chip copies by them and both
-    tensors [B, T, H, D] are aligned to 16 bytes in every axis, else the tensors."""
+    """Make the kernel arguments k_prefix, v_prefix and TMA: descriptors where the chip copies by them and
+    both tensors [B, T, H, D] are aligned to 16 bytes in every axis, else the tensors."""
     tensors = {"k_prefix": k_prefix, "v_prefix": v_prefix}
     if not (chip.tma and all(map(_describable, tensors.values()))):
         return {**tensors, "TMA": False}
     block = [1, tile.BLOCK_N, 1, tile.BLOCK_D]
-    return {
-        **{name: TensorDescriptor(x, x.shape, x.stride(), block) for name, x in tensors.items()},
-        "TMA": True,
-    }
+    descriptors = {name: TensorDescriptor(x, x.shape, x.stride(), block) for name, x in tensors.items()}
+    return {**descriptors, "TMA": True}
+
+
+def with_prefix(operands: Operands, tile: Tile, chip: Chip) -> dict[str, Any]:
+    """Make `common_arguments` with `prefix_operands`."""
+    arguments = common_arguments(operands)
+    return arguments | prefix_operands(arguments["k_prefix"], arguments["v_prefix"], tile, chip)
 
 
 def _describable(x: Tensor) -> bool:
@@ -184,18 +327,23 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
     tile: Tile
-    options: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any]
 
-    def run(self) -> None:
-        if min(self.grid) > 0:
-            self.kernel[self.grid](**self.arguments, **self.all_options())
-
-    def all_options(self) -> dict[str, Any]:
+    @property
+    def options(self) -> dict[str, Any]:
         return {
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
             "enable_fp_fusion": True,
-            **self.options,
         }
+
+    def run(self) -> None:
+        if min(self.grid) > 0:
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> Launch:
+    """Make a call of the kernel with those of the arguments and of the tile's fields that it takes."""
+    named = vars(tile) | arguments
+    return Launch(kernel, grid, tile, {name: named[name] for name in kernel.arg_names})

@@ -8,27 +8,33 @@ their lse. Legend as in triton_forward.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_common import (
     LN2,
     LOG2E,
     NOTHING_SEEN,
     Launch,
+    attend_prefix,
     capped,
     chip_of,
+    high_of,
     key_tiles,
-    load_prefix,
+    launch,
+    load_queries,
     load_tile,
-    prefix_operands,
+    row_offsets,
     row_ranges,
     store_tile,
+    with_prefix,
 )
-from qstar_kernels.triton_forward import common_arguments, update
-from qstar_kernels.triton_tiles import Chip, Tile, ceil_div, decode_tile, delta_tile
+from qstar_kernels.triton_forward import add_values, score
+from qstar_kernels.triton_tiles import Chip, ceil_div, decode_tile, delta_tile
 
 
 @triton.jit(do_not_specialize=["N", "T", "Lk"])
@@ -56,10 +62,9 @@ def thought_decode(
     i_block, _, lower, upper = row_ranges(
         i_row, m_row, prefix_start, prefix_end, i_batch, N, T, 1, Lk, G, WINDOW
     )
-    i_query_head = i_head * G + i_row % G
-    o_query = i_batch.to(tl.int64) * s_q_batch + i_query_head.to(tl.int64) * s_q_head
-    b_q = load_tile(q, i_block.to(tl.int64) * s_q_token + o_query, 1, m_row, D, BLOCK_D)  # [BLOCK_M, D]
-
+    b_q, i_query_head = load_queries(
+        q, i_row, m_row, i_batch, i_head, s_q_batch, s_q_token, s_q_head, G, D, BLOCK_D
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_D], HIGH)
     top = tl.full([BLOCK_M], NOTHING_SEEN, HIGH)
     total = tl.zeros([BLOCK_M], HIGH)
@@ -93,31 +98,16 @@ def thought_decode(
         first, last = first + i_split * share, tl.minimum(first + (i_split + 1) * share, last)
         whole = tl.minimum(tl.maximum(whole, first), tl.maximum(last, first))
         whole_end = tl.minimum(tl.maximum(whole_end, whole), tl.maximum(last, whole))
-    skipped = whole_end - whole
-    for i_masked in tl.range(first, last - skipped):
-        i_key_tile = tl.where(i_masked < whole, i_masked, i_masked + skipped)
-        o_key = i_key_tile * BLOCK_N
-        i_key = o_key + tl.arange(0, BLOCK_N)
-        b_k, b_v = load_prefix(
-            k_prefix, v_prefix, o_key, i_key < T, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
-            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
-        )  # fmt: skip
-        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)  # [BLOCK_M, BLOCK_N]
-        m_seen = (i_key[None, :] >= lower[:, None]) & (i_key[None, :] < upper[:, None])
-        s = tl.where(m_seen, capped(s, SCALE, SOFTCAP), float("-inf"))
-        acc, total, top = update(s, b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
-    for i_key_tile in tl.range(whole, whole_end):
-        o_key = i_key_tile * BLOCK_N
-        b_k, b_v = load_prefix(
-            k_prefix, v_prefix, o_key, None, i_batch, i_head, s_kp_batch, s_kp_key, s_kp_head,
-            s_vp_batch, s_vp_key, s_vp_head, D, BLOCK_N, BLOCK_D, TMA,
-        )  # fmt: skip
-        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=HIGH)
-        acc, total, top = update(capped(s, SCALE, SOFTCAP), b_v, acc, total, top, EXPONENT, HIGH, PRECISION)
+    acc, total, top = attend_prefix(
+        score, add_values, b_q, (acc, total, top), (first, whole, whole_end, last),
+        k_prefix, v_prefix, i_batch, i_head,
+        lower, upper, T, s_kp_batch, s_kp_key, s_kp_head, s_vp_batch, s_vp_key, s_vp_head,
+        SCALE, SOFTCAP, D, BLOCK_N, BLOCK_D, HIGH, PRECISION, TMA,
+    )  # fmt: skip
 
     row_lse = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
     total = tl.where(total > 0, total, 1.0)  # a share of the prefix may hold no key of a row
-    o_row = (i_batch.to(tl.int64) * N + i_block) * (H * G) + i_query_head
+    o_row = row_offsets(i_row, i_query_head, i_batch, N, 1, H, G)
     o_split = i_split.to(tl.int64) * s_split
     store_tile(out + o_split * D, o_row, D, m_row, acc / total[:, None], D, BLOCK_D)
     tl.store(lse + o_split + o_row, row_lse, mask=m_row)
@@ -147,65 +137,23 @@ def thought_merge(
     tl.store(lse + i_row, (top + tl.log2(total)) * LN2, mask=m_row)
 
 
-def decode_launches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    prefix_end: Tensor,
-    prefix_start: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    chip: Chip | None = None,
-    tile: Tile | None = None,
-) -> list[Launch]:
-    """The kernel calls, in order, that fill out [B, N, 1, Hq, D] and lse [B, N, 1, Hq], both contiguous."""
-    B, N, _, Hq, D = q.shape
-    H, T = k.shape[3], k_prefix.shape[1]
-    G = Hq // H
-    chip = chip or chip_of(q)
-    tile = tile or decode_tile(D=D, itemsize=q.element_size(), G=G, T=T, N=N, heads=B * H, chip=chip)
+def decode_launches(operands: Operands, out: Tensor, lse: Tensor, chip: Chip | None = None) -> list[Launch]:
+    """Make the calls, in order, that fill out [B, N, 1, Hq, D] and lse [B, N, 1, Hq], both contiguous."""
+    x, chip, heads = operands, chip or chip_of(operands.q), operands.B * operands.Hkv
+    tile = decode_tile(D=x.D, itemsize=x.q.element_size(), G=x.G, T=x.T, N=x.N, heads=heads, chip=chip)
     part_out, part_lse = out, lse
     if tile.SPLIT > 1:
-        part_out, part_lse = (
-            torch.empty(tile.SPLIT, *x.shape, dtype=lse.dtype, device=x.device) for x in (out, lse)
-        )
-    arguments = common_arguments(q, k, v, k_prefix, v_prefix)
-    arguments |= prefix_operands(arguments["k_prefix"], arguments["v_prefix"], tile, chip) | {
-        "prefix_start": prefix_start.contiguous(),
-        "prefix_end": prefix_end.contiguous(),
-        "sinks": sinks,
-        "out": part_out,
-        "lse": part_lse,
-        "s_split": lse.numel(),
-        "SCALE": scale,
-        "SOFTCAP": softcap,
-        "WINDOW": window,
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_D": tile.BLOCK_D,
-        "SPLIT": tile.SPLIT,
-    }
-    del arguments["Lq"]
-    launches = [Launch(thought_decode, (ceil_div(N * G, tile.BLOCK_M) * tile.SPLIT, B * H), arguments, tile)]
-    if tile.SPLIT > 1:
-        rows = delta_tile(D)
-        merge = {
-            "partial_out": part_out,
-            "partial_lse": part_lse,
-            "out": out,
-            "lse": lse,
-            "ROWS": lse.numel(),
-            "SPLIT": tile.SPLIT,
-            "D": D,
-            "BLOCK_M": rows.BLOCK_M,
-            "BLOCK_D": rows.BLOCK_D,
-            "HIGH": arguments["HIGH"],
-        }
-        launches.append(Launch(thought_merge, (ceil_div(lse.numel(), rows.BLOCK_M),), merge, rows))
-    return launches
+        part_out, part_lse = (lse.new_empty(tile.SPLIT, *result.shape) for result in (out, lse))
+    decode = launch(
+        thought_decode, (ceil_div(x.N * x.G, tile.BLOCK_M) * tile.SPLIT, heads), tile,
+        **with_prefix(operands, tile, chip), out=part_out, lse=part_lse, s_split=lse.numel(),
+    )  # fmt: skip
+    if tile.SPLIT == 1:
+        return [decode]
+    rows = replace(delta_tile(x.D), SPLIT=tile.SPLIT)
+    tensors = {"partial_out": part_out, "partial_lse": part_lse, "out": out, "lse": lse}
+    merge = launch(
+        thought_merge, (ceil_div(lse.numel(), rows.BLOCK_M),), rows, **tensors,
+        ROWS=lse.numel(), D=x.D, HIGH=high_of(x.q),
+    )  # fmt: skip
+    return [decode, merge]

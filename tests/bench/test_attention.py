@@ -245,11 +245,11 @@ def test_a_gpu_that_is_not_there_is_told():
 
 def test_a_cpu_path_without_its_forward_in_c_is_called_slow(monkeypatch):
     native = attention_request.cpu_native
-    monkeypatch.setattr(native, "can", lambda q, k: k.shape[2] <= 1024)
+    monkeypatch.setattr(native, "supports", lambda q, k: k.shape[2] <= 1024)
     monkeypatch.setattr(native, "built", lambda: "C, built by cc")
     assert not any("SLOW" in x for x in plan(AttentionArguments()).remarks)
     assert "SLOW: ours is cpu (forward: torch's operators" in plan(AttentionArguments(slots=2000)).remarks[-1]
-    monkeypatch.setattr(native, "can", lambda q, k: False)
+    monkeypatch.setattr(native, "supports", lambda q, k: False)
     monkeypatch.setattr(native, "built", lambda: "torch's operators: no C compiler was found")
     assert "(forward: torch's operators: no C compiler" in plan(AttentionArguments()).remarks[-1]
 

@@ -2,7 +2,7 @@
 reference."""
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from attention_cases import GRADIENTS, Case, absolute_errors, dense_mask, proble
 from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_kernels import cpu_native, resolve_impl, thought_attention
 from qstar_kernels import cpu_tiles as engine
+from qstar_kernels.operands import Operands
 from tensor_sizes import LargestTensor
 
 SHAPES = [
@@ -225,7 +226,7 @@ def engine_in(request, monkeypatch):
         assert cpu_native.built().startswith("C, built by"), cpu_native.built()
         monkeypatch.setattr(cpu_native, "CONVERTED_BYTES", 4096)
     else:
-        monkeypatch.setattr(cpu_native, "can", lambda q, k: False)
+        monkeypatch.setattr(cpu_native, "supports", lambda q, k: False)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +331,7 @@ def test_where_the_c_kernel_cannot_be_built_the_reason_is_told(tmp_path, monkeyp
         cpu_native._load.cache_clear()
         assert "No such file" in cpu_native.built()
         p = problem(Case(), torch.float32)
-        assert not cpu_native.can(p.operands["q"], p.operands["k"])
+        assert not cpu_native.supports(p.operands["q"], p.operands["k"])
         assert_equal(run(p, impl="cpu"), run(p, impl="reference"), 1e-5)
     finally:
         cpu_native._load.cache_clear()
@@ -342,11 +343,10 @@ def test_no_dense_mask_the_largest_tensor_is_an_operand_or_the_workspace(case, m
     monkeypatch.setattr(engine, "WORKSPACE_BYTES", workspace)
     p = problem(case, torch.float32)
     dense = case.N * case.Lq * case.Hq * (case.T + case.Lq)
-    inputs = *p.operands.values(), p.ranges["prefix_end"], p.ranges["prefix_start"], None
-    options = engine.Options(scale=1.0, softcap=None, window=None, own="causal")
+    operands = Operands(**p.operands, **p.ranges, sinks=None, scale=1.0)
     with LargestTensor() as seen:  # it does not look into an operator: the engine itself
-        engine.forward(*inputs, *astuple(options))
-        engine.backward(p.d_out, p.d_lse, *inputs, options)
+        engine.forward(operands)
+        engine.backward(p.d_out, p.d_lse, operands)
     allowed = max(p.operands["q"].numel(), p.operands["k_prefix"].numel(), workspace // 4)
     assert seen.elements <= allowed < dense / 4
     with LargestTensor() as seen:
@@ -408,7 +408,7 @@ END = GOOD.ranges["prefix_end"]
             {"q": Q[:, :, :, :3], "sinks": None},
             r"q\.shape\[3\] = 3: must be a multiple of the 2 key-value heads",
         ),
-        ({"q": Q.repeat(1, 1, 2, 1, 1)}, r"q\.shape\[2\] = 6: must be in \[1, 3\], the block's slots"),
+        ({"q": Q.repeat(1, 1, 2, 1, 1)}, r"q\.shape\[2\] = 6: must be in \[1, 3\], the slots of a block"),
         ({"q": Q[:, :, :0]}, r"q\.shape\[2\] = 0: must be in \[1, 3\]"),
         (
             {"prefix_end": END.float()},

@@ -9,6 +9,7 @@ from qstar_bench.kernels import workspace
 from qstar_bench.memory.memory_peaks import peak_bytes
 from qstar_kernels import cpu_native
 from qstar_kernels.cpu_attention import _backward_op, _forward_op
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_backward_keys import keys_tile_of
 from qstar_kernels.triton_tiles import CHIPS
 
@@ -31,7 +32,7 @@ def held(run) -> int:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cpu_operators_hold_what_is_said(case, dtype, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(cpu_native, "can", lambda q, k: False)
+        monkeypatch.setattr(cpu_native, "supports", lambda q, k: False)
     elif not cpu_native.built().startswith("C"):
         pytest.skip(cpu_native.built())
     p = problem(case, dtype)
@@ -62,7 +63,9 @@ def test_triton_holds_partial_sums_only_where_programs_share_a_tile():
     assert workspace.triton_backward(q, k, k_prefix, chip) == 8 * 2046 * 14 * 32 * 4  # delta
     few = Case(B=1, N=510, T=256, Lq=14, Hq=32, Hkv=8, D=128)
     q, k, k_prefix = operands(few)
-    split = keys_tile_of(q, k, few.T, own_slots=False, chip=chip).SPLIT
+    ends = torch.empty(q.shape[:2], dtype=torch.int32, device="meta")
+    few_operands = Operands(q, k, k, k_prefix, k_prefix, ends, ends, sinks=None, scale=1.0)
+    split = keys_tile_of(few_operands, own_slots=False, chip=chip).SPLIT
     assert split > 1
     sums = 2 * (split + 1) * k_prefix.numel() * 4
     assert workspace.triton_backward(q, k, k_prefix, chip) == 510 * 14 * 32 * 4 + sums

@@ -1,7 +1,7 @@
 """The cases that the Triton kernels are held to, and how one is run against the dense reference.
 
-As a program it runs cases and properties, under TRITON_INTERPRET=1, which must be set before triton is
-imported, and prints one JSON document for each: test_triton_interpreter.py reads them.
+As a program, under TRITON_INTERPRET=1, it answers a run's name on stdin by what failed, on stdout, each in a
+line of JSON. test_triton_interpreter.py asks; the variable must be set before triton is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_tiles import CHIPS
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Case:
     integers: torch.dtype = torch.int32
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        """(prefix_start, prefix_end), each [B, N]."""
+        """Return prefix_start and prefix_end, each [B, N]."""
         n = torch.arange(self.N)
         end = (n * self.T) // max(1, self.N - 1) if self.N > 1 else n + self.T
         start = torch.zeros_like(end)
@@ -66,7 +67,7 @@ class Case:
         return start, end
 
     def operands(self, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict]:
-        """([q, k, v, k_prefix, v_prefix], the keyword arguments)."""
+        """Return [q, k, v, k_prefix, v_prefix] and the keyword arguments."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -243,9 +244,9 @@ def opcheck() -> None:
     from qstar_kernels.triton_attention import _forward_op
 
     inputs, options = CASES["sinks"].operands(torch.float32, "cpu")
-    leaves = [x.requires_grad_() for x in (*inputs, options["sinks"])]
-    ends = options["prefix_end"], options["prefix_start"]
-    torch.library.opcheck(_forward_op, (*leaves[:5], *ends, leaves[5], 0.1, None, None, "causal"))
+    *leaves, sinks = (x.requires_grad_() for x in (*inputs, options["sinks"]))
+    operands = Operands(*leaves, options["prefix_end"], options["prefix_start"], sinks, scale=0.1)
+    torch.library.opcheck(_forward_op, operands.flat())
 
 
 def compiled() -> None:
@@ -326,8 +327,8 @@ def flash_names_what_it_cannot_do() -> None:
 
     for name, message in (
         ("documents", "the blocks are not R at each"),
-        ("softcap", "softcap = 2.0 is not supported"),
-        ("window_2", "window = 2 is not supported"),
+        ("softcap", "softcap = 2.0: must be None"),
+        ("window_2", "window = 2: must be None"),
     ):
         inputs, options = CASES[name].operands(torch.float32, "cpu")
         try:
@@ -366,30 +367,36 @@ def index_as_numpy_2_4_wants() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def main(names: list[str]) -> None:
-    """Each name is a property, or a case and a dtype: "softcap-fp32"; "softcap-fp32-tma" loads the prefix by
-    descriptors, as on chips that have them; "plain-fp32-flash" runs impl="flash" on one of its own cases."""
+def answer(name: str) -> list[str]:
+    """Run one property, or one case in one dtype, and return what failed.
+
+    "softcap-fp32" is a case and a dtype; "softcap-fp32-tma" loads the prefix by descriptors, as on chips that
+    have them; "plain-fp32-flash" runs impl="flash" on one of its own cases.
+    """
+    try:
+        if name in PROPERTIES:
+            PROPERTIES[name]()
+            return []
+        case, dtype, *way = name.split("-")
+        CHIPS["interpreter"] = replace(CHIPS["interpreter"], tma="tma" in way)
+        cases, impl = (FLASH_CASES, "flash") if "flash" in way else (CASES, "triton")
+        torch.use_deterministic_algorithms(True)  # every torch.empty is full of NaN
+        return failures(run_case(cases[case], DTYPES[dtype], impl=impl), DTYPES[dtype])
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def main() -> None:
+    """Answer the names that arrive on stdin, one a line, until it is closed."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what else is printed is no answer
     if triton.__version__.startswith("3.6."):
         index_as_numpy_2_4_wants()
-    chip = CHIPS["interpreter"]
-    for name in names:
-        try:
-            if name in PROPERTIES:
-                PROPERTIES[name]()
-                failed = []
-            else:
-                case, dtype, *way = name.split("-")
-                CHIPS["interpreter"] = replace(chip, tma="tma" in way)
-                cases, impl = (FLASH_CASES, "flash") if "flash" in way else (CASES, "triton")
-                # every torch.empty is full of NaN
-                torch.use_deterministic_algorithms(True)
-                errors = run_case(cases[case], DTYPES[dtype], impl=impl)
-                failed = failures(errors, DTYPES[dtype])
-                torch.use_deterministic_algorithms(False)
-        except Exception as error:
-            failed = [f"{type(error).__name__}: {error}"]
-        print(json.dumps({"name": name, "failed": failed}), flush=True)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -91,7 +91,7 @@ def plan(args: AttentionArguments) -> Request:
     shapes, baselines = _shapes(args)
     remarks, kept = [], []
     for name in baselines if args.baseline is None else args.baseline:
-        reason = _why_not(name, args, dtype, shapes)
+        reason = _unsupported_reason(name, args, dtype, shapes)
         if reason is None:
             kept.append(name)
         elif args.baseline is not None:
@@ -128,7 +128,9 @@ def _shapes(args: AttentionArguments) -> tuple[list[Shape], tuple[str, ...]]:
     return [shape], BASELINES
 
 
-def _why_not(name: str, args: AttentionArguments, dtype: torch.dtype, shapes: list[Shape]) -> str | None:
+def _unsupported_reason(
+    name: str, args: AttentionArguments, dtype: torch.dtype, shapes: list[Shape]
+) -> str | None:
     """Tell why a baseline is unsupported here, or None."""
     if name not in ("flex", "flash"):
         return None
@@ -147,7 +149,7 @@ def _what_runs(impl: str, device: str, dtype: torch.dtype, shapes: list[Shape]) 
     if found == {"cpu"}:
         for s in shapes:
             q, k = (torch.empty(1, 1, s.L, h, s.D, dtype=dtype, device="meta") for h in (s.Hq, s.Hkv))
-            if not cpu_native.can(q, k):
+            if not cpu_native.supports(q, k):
                 built = cpu_native.built()
                 reason = built if built.startswith("torch") else f"torch's operators: {s} is too large for it"
                 return f"cpu (forward: {reason})", True

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from qstar_kernels.operands import Operands
 from qstar_kernels.triton_backward_keys import keys_launch, keys_tile_of
 from qstar_kernels.triton_backward_queries import delta_launch, rows_launch
 from qstar_kernels.triton_common import Launch
@@ -70,7 +71,7 @@ class Gate:
         return f"{self.kernel}-{self.chip}-{dtype}-D{self.D}-G{self.G}-{self.options}"
 
     def launches(self) -> list[Launch]:
-        """What the launchers would run for these operands on that chip."""
+        """Make the launches that these operands need on that chip."""
         N, T, H = 1024, 1024, 8
         L = {"own_keys": 40}.get(self.kernel, 14)
         Lq = 1 if self.kernel == "decode" else L
@@ -81,28 +82,26 @@ class Gate:
         q, k = meta(1, N, Lq, H * self.G, self.D), meta(1, N, L, H, self.D)
         k_prefix, end = meta(1, T, H, self.D), meta(1, N, dtype=torch.int32)
         row = meta(1, N, Lq, H * self.G, dtype=torch.float32)
-        options = {"own": "causal", "softcap": None, "window": None, "sinks": False} | OPTIONS[self.options]
-        sinks = meta(H * self.G) if options["sinks"] else None
-        own, softcap, window = options["own"], options["softcap"], options["window"]
+        options = dict(OPTIONS[self.options])
+        sinks = meta(H * self.G) if options.pop("sinks", False) else None
+        operands = Operands(q, k, k, k_prefix, k_prefix, end, end, sinks, self.D**-0.5, **options)
         chip = CHIPS[self.chip]
-        operands = (q, k, k, k_prefix, k_prefix, end, end, self.D**-0.5, softcap, window)
         if self.kernel == "forward":
-            return [forward_launch(*operands, sinks, own, q, row, chip=chip)]
+            return [forward_launch(operands, q, row, chip)]
         if self.kernel == "decode":
-            return decode_launches(*operands, sinks, q, row, chip=chip)
+            return decode_launches(operands, q, row, chip)
         if self.kernel == "delta":
             return [delta_launch(q, q, row, row)]
         if self.kernel == "rows":
-            return [rows_launch(*operands, own, q, row, row, q, k, k, chip=chip)]
+            return [rows_launch(operands, q, row, row, q, k, k, chip)]
         own_slots = self.kernel == "own_keys"
-        tile = keys_tile_of(q, k, T, own_slots, chip)
-        part = k
+        tile, part = keys_tile_of(operands, own_slots, chip), k
         if not own_slots:
             part = meta(tile.SPLIT, *k_prefix.shape, dtype=self.dtype if tile.SPLIT == 1 else torch.float32)
-        return [keys_launch(*operands, own, q, row, row, part, part, own_slots=own_slots, tile=tile)]
+        return [keys_launch(operands, q, row, row, part, part, own_slots, tile)]
 
     def check(self) -> tuple[list[Compiled], list[str]]:
-        """(what was compiled, why it must not ship)."""
+        """Compile the kernels; return what they became, and the reasons not to ship them."""
         compiled = [compile_launch(launch, self.chip) for launch in self.launches()]
         spills_allowed = self.D not in (64, 128)
         complaints = [
@@ -114,7 +113,7 @@ class Gate:
 
 
 def matrix() -> list[Gate]:
-    """Every kernel x chip x dtype x D x groups x option."""
+    """Return every kernel x chip x dtype x D x groups x option."""
     return [
         Gate(kernel, chip, dtype, D, G, options)
         for chip in TARGETS
@@ -141,7 +140,7 @@ class Compiled:
     bulk_copies: int | None = None
 
     def complaints(self, spills_allowed: bool, tensor_cores: bool) -> list[str]:
-        """Why this kernel must not ship; empty when it may."""
+        """Return the reasons not to ship this kernel."""
         found = []
         if tensor_cores and not self.tensor_core_instructions:
             found.append(f"no {TENSOR_CORES[self.chip]} instruction")
@@ -155,7 +154,7 @@ class Compiled:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
-    """(types, constants, attributes) as the just-in-time compiler would derive them from the arguments."""
+    """Return types, constants and attributes, as the JIT compiler derives them from the arguments."""
     types, constants, attributes = {}, {}, {}
     for i_parameter, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -177,10 +176,10 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
-    """Raises what the compiler raises."""
+    """Compile one launch for a chip. Raises what the compiler raises."""
     types, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=TARGETS[chip], options=launch.all_options())
+    binary = triton.compile(source, target=TARGETS[chip], options=launch.options)
     assembly = binary.asm["ptx" if "ptx" in binary.asm else "amdgcn"]
     registers, stack = _resources(binary, assembly)
     return Compiled(
@@ -196,7 +195,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
 
 
 def _resources(binary: Any, assembly: str) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     if "cubin" not in binary.asm:
         vector = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)

@@ -1,8 +1,8 @@
-"""Bytes that the operators hold besides their results while they run, which cannot be seen from outside.
+"""Compute the workspace of the operators: the bytes that they hold while they run, besides their results.
 
-Pure functions of the shapes and dtypes of the operators' operands (real, fake or meta tensors), by the rooms
-of cpu.py, the panels of cpu_native.py and the buffers of triton_attention.py and triton_decode.py. A tile is
-taken to see all T prefix keys. Legend as in cpu.py.
+Pure functions of the operands' shapes and dtypes (real, fake or meta tensors). They follow the scratch memory
+of cpu_tiles.py, the panels of cpu_native.py and the buffers of triton_attention.py and triton_decode.py. A
+tile is taken to see all T prefix keys. Legend as in cpu_tiles.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PANEL_KEYS = 16  # prefix keys that cpu_forward.c lays out together
 
 
 def cpu_forward(q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None, softcap: float | None) -> int:
-    """Of qstar::thought_attention_cpu, by the C kernel where it takes the operands, else in tiles."""
-    if cpu_native.can(q, k):
+    """Count the bytes of qstar::thought_attention_cpu, by the C kernel where it supports q and k."""
+    if cpu_native.supports(q, k):
         return _native_forward(q, k, k_prefix)
     tile, scores, itemsize = _cpu_tile(q, k, k_prefix, sinks)
     slopes = 0 if softcap is None else 2 * scores
@@ -28,15 +28,15 @@ def cpu_forward(q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None, so
 
 
 def cpu_backward(q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None, softcap: float | None) -> int:
-    """Of qstar::thought_attention_cpu_backward."""
+    """Count the bytes of qstar::thought_attention_cpu_backward."""
     tile, scores, itemsize = _cpu_tile(q, k, k_prefix, sinks)
     slopes = 0 if softcap is None else scores
-    rooms = 3 * tile["q"] + 3 * tile["k"] + tile["own"] + 2 * scores + k_prefix.numel() // k_prefix.shape[0]
-    return (4 * k_prefix.numel() + rooms + slopes) * itemsize + _ranges(q)
+    scratch = 3 * tile["q"] + 3 * tile["k"] + tile["own"] + 2 * scores + k_prefix.numel() // k_prefix.shape[0]
+    return (4 * k_prefix.numel() + scratch + slopes) * itemsize + _ranges(q)
 
 
 def triton_forward(q: Tensor, k: Tensor, k_prefix: Tensor, chip: Chip) -> int:
-    """Of qstar::thought_attention on that chip: with one query a block, the parts of split rows."""
+    """Count the bytes of qstar::thought_attention on a chip: of split rows, where a block has one query."""
     B, N, Lq, Hq, D = q.shape
     if Lq > 1:
         return 0
@@ -46,8 +46,8 @@ def triton_forward(q: Tensor, k: Tensor, k_prefix: Tensor, chip: Chip) -> int:
 
 
 def triton_backward(q: Tensor, k: Tensor, k_prefix: Tensor, chip: Chip) -> int:
-    """Of qstar::thought_attention_backward on that chip: delta, and the partial sums of dk_prefix and
-    dv_prefix."""
+    """Count the bytes of qstar::thought_attention_backward on a chip: delta, and the partial sums of
+    dk_prefix and dv_prefix."""
     B, N, Lq, Hq, D = q.shape
     H, T = k.shape[3], k_prefix.shape[1]
     tile = keys_tile(
@@ -78,7 +78,7 @@ def _native_forward(q: Tensor, k: Tensor, k_prefix: Tensor) -> int:
 def _cpu_tile(
     q: Tensor, k: Tensor, k_prefix: Tensor, sinks: Tensor | None
 ) -> tuple[dict[str, int], int, int]:
-    """(elements of a tile's q, own k and products with own slots; its scores; bytes of an element)."""
+    """Count elements of a tile's q, own k and own products, elements of its scores, and bytes an element."""
     B, N, Lq, Hq, D = q.shape
     T, Lk, H = k_prefix.shape[1], k.shape[2], k.shape[3]
     W, columns, itemsize = Lq * Hq // H, T + Lk + (sinks is not None), _high(q).itemsize

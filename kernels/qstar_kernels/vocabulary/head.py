@@ -18,8 +18,8 @@ WORKSPACE_BYTES = 128 << 20  # one chunk of logits: 1,024 rows of 32k in fp32, l
 class Workspace:
     """Keep the memory of one chunk of logits between the calls of a head.
 
-    A CPU's fresh pages cost more than the
-    logits in them; a GPU's allocator keeps freed memory by itself, so none is taken there.
+    A CPU's fresh pages cost more than the logits in them; a GPU's allocator keeps freed memory by itself, so
+    none is taken there.
     """
 
     def __init__(self) -> None:
