@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from interrupted_runs import SAVE_EVERY, STEPS
+from torch.nn.modules.module import register_module_forward_hook
+
+from qstar import QuietStarForCausalLM
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {
@@ -31,6 +35,26 @@ def needs(package: str | None) -> None:
         pytest.skip(f"pip install 'qstar[{package}]'")
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("torchrun")])
+def test_an_example_trains_and_run_again_goes_on_where_it_stopped(tmp_path, monkeypatch, name):
+    needs(EXAMPLES[name])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    losses = []
+
+    def on_forward(module, inputs, output):
+        if isinstance(module, QuietStarForCausalLM) and module.training:
+            losses.append(output.loss.item())
+
+    hook = register_module_forward_hook(on_forward)
+    try:
+        for steps in (2, 3):
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"](str(tmp_path), steps, save_every=2)
+    finally:
+        hook.remove()
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "package"), EXAMPLES.items(), ids=EXAMPLES.keys())
 def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, name, package):
     needs(package)

@@ -16,6 +16,8 @@ from tiny_models import thinking_model, tokens
 from qstar.data import collate
 from qstar.distributed_random import rand
 
+pytestmark = pytest.mark.slow  # several processes
+
 SUPPORT = Path(__file__).parents[1] / "support"
 
 

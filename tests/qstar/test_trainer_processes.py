@@ -15,6 +15,8 @@ from trainer_run import SAVED, STEPS
 from qstar import QuietStarForCausalLM
 from qstar.training.callbacks import last_complete_checkpoint
 
+pytestmark = pytest.mark.slow  # several processes
+
 SUPPORT = Path(__file__).parents[1] / "support"
 # (processes, folder, whose Trainer, way, resumes)
 RUNS: dict[str, tuple] = {
