@@ -1,7 +1,5 @@
 """The `<start>` and `<end>` of a thought: two learned embeddings outside the vocabulary."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

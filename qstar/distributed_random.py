@@ -1,7 +1,5 @@
 """The random numbers of one process, when several share a batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, distributed
 

@@ -1,7 +1,5 @@
 """The frozen writer of thoughts: the base model as it was before it learned."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 

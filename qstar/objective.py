@@ -4,8 +4,6 @@ Shapes: B rows, P thinking positions, R thoughts per position, m talk steps, k t
 Source: arXiv 2403.09629, section 4; the exact forms are those of the authors' published code.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@
 boundary embeddings and the mixing head stay trained whole.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

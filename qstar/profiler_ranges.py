@@ -1,7 +1,5 @@
 """The parts of a training step, named where they run, for profilers and the benches."""
 
-from __future__ import annotations
-
 import torch
 
 PREFIX = "qstar.prefix"  # the base model over the text

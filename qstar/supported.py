@@ -4,8 +4,6 @@ interface.
 docs/models.md holds every causal LM of transformers against these rules and against the slow truth.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 

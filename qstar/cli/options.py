@@ -1,8 +1,6 @@
 """Options of a command from dataclasses and YAML; every mistake is a ValueError, which the command line shows
 in one line."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

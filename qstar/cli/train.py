@@ -1,8 +1,6 @@
 """`qstar train`: the stock Hugging Face Trainer on a QuietStarForCausalLM, with a table of before and
 after."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from contextlib import nullcontext

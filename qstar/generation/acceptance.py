@@ -4,8 +4,6 @@ Source: arXiv 2211.17192, 2302.01318. Legend: B rows, n positions of which the f
 vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 """What the stock Hugging Face Trainer, and any class made from it, needs to train a QuietStarForCausalLM:
 one callback, that logs the named metrics and brings the thought parts back when a run resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,8 +1,6 @@
 """The stock Hugging Face Trainer with the callback, told three things more: the learning rates of the parts,
 what to show, and when to stop."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

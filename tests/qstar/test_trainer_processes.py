@@ -1,7 +1,5 @@
 """The Trainer in several processes, by DDP and sharded by FSDP2, and resumed with other numbers of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

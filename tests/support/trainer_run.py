@@ -5,8 +5,6 @@
 The batch is always that of four rows, and thoughts are greedy: nothing depends on the number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -4,8 +4,6 @@ As a program it runs cases and properties, under TRITON_INTERPRET=1, which must 
 imported, and prints one JSON document for each: test_triton_interpreter.py reads them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ of cpu.py, the panels of cpu_native.py and the buffers of triton_attention.py an
 taken to see all T prefix keys. Legend as in cpu.py.
 """
 
-from __future__ import annotations
-
 import torch
 from qstar_kernels import cpu_native
 from qstar_kernels.cpu_tiles import tile_sizes
