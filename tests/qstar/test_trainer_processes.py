@@ -11,7 +11,7 @@ import torch
 from trainer_run import SAVED, STEPS
 
 from qstar import QuietStarForCausalLM
-from qstar.training.callbacks import last_complete_checkpoint
+from qstar.training import last_complete_checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
 # (processes, folder, whose Trainer, way, resumes)
