@@ -58,7 +58,9 @@ def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError(f"path = {str(folder)!r}: holds an adapter; pip install 'qstar[peft]'") from error
+        raise ValueError(
+            f"path = {str(folder)!r}: an adapter needs the package peft; pip install 'qstar[peft]'"
+        ) from error
     source = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     base = AutoModelForCausalLM.from_pretrained(source, **model_options)
     PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # in place

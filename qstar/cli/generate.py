@@ -52,7 +52,7 @@ class GenerateArguments(CheckpointArguments):
             raise ValueError(f"prompt = {self.prompt}, input = {self.input!r}: give exactly one of them")
         if (self.input is None) != (self.output is None):
             raise ValueError(f"input = {self.input!r}, output = {self.output!r}: one needs the other")
-        if self.output is not None and Path(self.input).resolve() == Path(self.output).resolve():
+        if self.input and self.output and Path(self.input).resolve() == Path(self.output).resolve():
             raise ValueError(f"output = {self.output!r}: must be another file than input")
         check_least(self, max_new_tokens=1, batch_size=1, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
