@@ -7,8 +7,6 @@ its own, because under gradient checkpointing a layer runs again during backward
 begun.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

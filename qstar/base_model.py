@@ -1,7 +1,5 @@
 """Read with a stock base model: a text, or the slots of thoughts over a text that it has read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

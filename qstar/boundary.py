@@ -1,19 +1,16 @@
-"""The `<start>` and `<end>` of a thought: two learned embeddings outside the vocabulary."""
-
-from __future__ import annotations
+"""Hold `<start>` and `<end>` of a thought: two learned embeddings outside the vocabulary."""
 
 import torch
 from torch import Tensor, nn
 
-# tried in this order when the configured text is one of them, but no single token
+# tried in this order if the configured text is among them and not one token
 SUBSTITUTES = ("—", " —", "---", "--", "-", "...", "\n")
 
 
 class BoundaryEmbeddings(nn.Module):
-    """Fed as inputs_embeds, so no prompt can contain them and no head can emit them.
+    """Embed `<start>` and `<end>`, fed as inputs_embeds: no prompt can contain them, no head emit them.
 
-    Each is `scale` times its parameter: with Adam, that makes its learning rate `scale` times the
-    parameter's.
+    Each is `scale` times its parameter: with Adam, it learns `scale` times as fast.
     """
 
     def __init__(self, width: int, scale: float, device: torch.device | None = None):
@@ -24,27 +21,27 @@ class BoundaryEmbeddings(nn.Module):
 
     @property
     def start(self) -> Tensor:
-        """[D] fp32, the embedding that the model sees."""
+        """Return the embedding that the model reads, [D] fp32."""
         return self.start_raw * self.scale
 
     @property
     def end(self) -> Tensor:
+        """Return the embedding that the model reads, [D] fp32."""
         return self.end_raw * self.scale
 
     @torch.no_grad()
     def begin_from(self, start: Tensor, end: Tensor) -> None:
-        """Set them to embeddings [D]."""
+        """Set both to the given embeddings, [D]."""
         self.start_raw.copy_(start.float() / self.scale)
         self.end_raw.copy_(end.float() / self.scale)
 
 
 def boundary_token_id(tokenizer, name: str, text: str) -> tuple[int | None, str]:
-    """The token that a boundary begins from: (its id, its text), or (None, what instead) when no dash is one
-    token.
+    """Find the token that a boundary begins from: (its id, its text), or (None, a description).
 
-    A byte-level tokenizer spells an em dash it does not know in three tokens, which mean nothing alone.
-    Another dash, or the mean, takes the place of a dash only: raises ValueError, naming the option, for any
-    other text that is not one token.
+    A dash that is not one token (some tokenizers spell it in three bytes) is replaced by another dash or, if
+    there is none, by the mean embedding (None). Raises ValueError, naming the option, for any other text that
+    is not one token.
     """
     dash = text in SUBSTITUTES
     for candidate in (text, *SUBSTITUTES) if tokenizer is not None else ():
@@ -52,7 +49,7 @@ def boundary_token_id(tokenizer, name: str, text: str) -> tuple[int | None, str]
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return ids[0], candidate
         if not dash:
-            raise ValueError(f"{name} = {text!r}: must be one token of this model, it is {len(ids)}")
+            raise ValueError(f"{name} = {text!r}: must be one token of this model, but is {len(ids)}")
     if not dash:
-        raise ValueError(f"{name} = {text!r}: finding its token needs the tokenizer")
+        raise ValueError(f"{name} = {text!r}: must be a dash without a tokenizer")
     return None, "the mean of all token embeddings"

@@ -6,8 +6,6 @@ A crash before the rename leaves the previous checkpoint; a crash after it is fi
 save.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,6 +1,4 @@
-"""The frozen writer of thoughts: the base model as it was before it learned."""
-
-from __future__ import annotations
+"""Freeze the writer of thoughts: the base model as it was before it learned."""
 
 import copy
 from collections.abc import Iterable
@@ -13,11 +11,11 @@ from qstar.boundary import BoundaryEmbeddings
 
 
 class FrozenWriter(nn.Module):
-    """A base model without its adapter, and its boundary embeddings, as they were when this was made.
+    """Keep a base model without its adapter, and its boundary embeddings, as they are now.
 
-    Each parameter is the model's own one until that is about to learn, and only then copied (`keep`): a
-    writer beside a frozen base model or an adapter needs no memory, and one beside a model whose last layers
-    learn needs those alone. A state dict has the copies and nothing that is shared.
+    Parameters are shared with the model, and copied only when they are about to learn (`keep`): beside a
+    frozen base model the writer needs no memory, beside one whose last layers learn it needs only those.
+    The state dict holds the copies, and nothing that is shared.
     """
 
     def __init__(self, base: PreTrainedModel, boundary: BoundaryEmbeddings):
@@ -28,14 +26,14 @@ class FrozenWriter(nn.Module):
         names: dict[int, list[str]] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        # by the first of its names: what is tied stays tied
+        # keyed by the first name, so that tied parameters stay tied
         self._shared = {x: (p, names[id(p)]) for x, p in self.named_parameters()}
         self._kept: set[str] = set()
         self.register_state_dict_post_hook(_leave_shared_out)
         self.register_load_state_dict_pre_hook(_take_copies_over)
 
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have copies of those among the model's parameters that are still shared, before they change."""
+        """Copy those of the model's parameters that are still shared, before they change."""
         changing = {id(p) for p in parameters}
         self._keep_only(self._kept | {name for name, (p, _) in self._shared.items() if id(p) in changing})
 
@@ -56,7 +54,7 @@ def _leave_shared_out(writer: FrozenWriter, state: dict, prefix: str, metadata: 
 
 
 def _take_copies_over(writer: FrozenWriter, state: dict, prefix: str, *unused) -> None:
-    """What is shared is not in the state: it is loaded with the model, and missed by nobody."""
+    """Adopt the copies in the state; add what is shared, which is loaded with the model."""
     given = {name for name in writer._shared if prefix + name in state}
     if given:
         writer._keep_only(given)

@@ -3,8 +3,6 @@
 Layouts are the operator's: [B, T, Hkv, D] for a text, [B, N, L, Hkv, D] for blocks of slots.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

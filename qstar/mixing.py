@@ -1,4 +1,4 @@
-"""The mixing head: how much of the prediction after a thought enters the final one."""
+"""Weigh the prediction after a thought against the one without it."""
 
 from typing import Any
 
@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 
 class MixingHead(nn.Module):
-    """w = MLP([base hidden ; thought hidden]), the weight of the THOUGHT, unsquashed, always in fp32.
+    """Compute w = MLP([base hidden ; thought hidden]), the weight of the THOUGHT, unsquashed, in fp32.
 
     Linear(2D, D) ReLU Linear(D, D) ReLU Linear(D, 1, no bias); the last layer starts at zero, so training
-    starts as exactly the base model. Source: arXiv 2403.09629, section 4.3, as published in the authors'
-    code.
+    starts from exactly the base model. Source: arXiv 2403.09629, section 4.3, and the authors' code.
     """
 
     def __init__(self, width: int, device: torch.device | None = None):
@@ -27,14 +26,14 @@ class MixingHead(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, base_hidden: Tensor, thought_hidden: Tensor) -> Tensor:
-        """base_hidden, thought_hidden [..., D] of any dtype -> w [...] fp32."""
-        # a weight of 1e-3 must survive: neither bf16 parameters nor autocast may round it
+        """Map base_hidden and thought_hidden, [..., D] of any dtype, to w [...] fp32."""
+        # neither bf16 parameters nor autocast may round a weight of 1e-3
         with torch.autocast(base_hidden.device.type, enabled=False):
             parameter = next(self.parameters())
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             pair = torch.cat([base_hidden, thought_hidden], dim=-1).to(dtype)
             if parameter.dtype == dtype:
                 return self.layers(pair).squeeze(-1)
-            # FSDP2 in mixed precision gathers rounded copies of the weights; nothing else may be rounded
+            # FSDP2 in mixed precision gathers rounded weights; round nothing else
             exact = {name: p.to(dtype) for name, p in self.layers.named_parameters()}
             return torch.func.functional_call(self.layers, exact, pair).squeeze(-1)

@@ -1,7 +1,5 @@
 """Check options; each error is a ValueError that names the option, its value and what is allowed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from pathlib import Path

@@ -1,10 +1,8 @@
-"""LoRA and other adapters of peft on the base model: saved without the base, loaded again, merged into it.
+"""Save, load, remove and merge an adapter (peft's LoRA and others) of the base model.
 
-`peft.get_peft_model(model.base, config)` puts them in place: the base model's own weights are frozen, the
-boundary embeddings and the mixing head stay trained whole.
+`peft.get_peft_model(model.base, config)` adds one: it freezes the base model's own weights, while the
+boundary embeddings and the mixing head still learn.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -16,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-_PREFIX = "base_model.model."  # of the names of peft's tensors
+_PREFIX = "base_model.model."  # peft's tensor names begin with it
 
 
 def adapter_name(base: nn.Module) -> str | None:
-    """Of the adapter inside a base model, or None. Raises ValueError for several."""
+    """Return the name of the base model's adapter, or None. Raises ValueError for several."""
     names = list(getattr(base, "peft_config", None) or ())
     if len(names) > 1:
         raise ValueError(f"the base model has the adapters {names}: only one at a time is supported")
@@ -28,9 +26,10 @@ def adapter_name(base: nn.Module) -> str | None:
 
 
 def save(base: Any, state: dict[str, Tensor], folder: Path, target: Path) -> None:
-    """Write the one adapter of a base model as peft does, to be moved to `target`; state: the base model's.
+    """Write the adapter of a base model in peft's format to `folder`, which is moved to `target` later.
 
-    Raises ValueError where the base model would not be found again, or `target` is its own folder.
+    state: the base model's state dict. Raises ValueError if the adapter does not name its base model, or if
+    `target` is the base model's own folder.
     """
     from peft import get_peft_model_state_dict
 
@@ -40,10 +39,10 @@ def save(base: Any, state: dict[str, Tensor], folder: Path, target: Path) -> Non
     if not source:
         raise ValueError(
             "the adapter does not say which base model it is for: load the base model from a folder or hub "
-            "name, or set base_model_name_or_path in the adapter's config; or merge it, merge_adapter()"
+            "name, set base_model_name_or_path in the adapter's config, or call merge_adapter()"
         )
     if Path(source).is_dir() and Path(source).resolve() == target.resolve():
-        raise ValueError(f"path = {str(target)!r}: the base model lies there, which the adapter needs")
+        raise ValueError(f"path = {str(target)!r}: must not be the folder of the adapter's base model")
     own = get_peft_model_state_dict(base, state_dict=state, adapter_name=name)
     save_file({_PREFIX + key: x.contiguous() for key, x in own.items()}, folder / TENSORS)
     training, config.inference_mode = config.inference_mode, True
@@ -52,7 +51,7 @@ def save(base: Any, state: dict[str, Tensor], folder: Path, target: Path) -> Non
 
 
 def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
-    """The base model with its adapter in it, which can be trained further; the base's own weights are frozen.
+    """Load a base model, frozen, with its adapter, which can be trained further.
 
     model_options go to `AutoModelForCausalLM.from_pretrained`. Raises ValueError without peft.
     """
@@ -60,8 +59,7 @@ def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(
-            f"path = {str(folder)!r}: holds an adapter, which needs the package peft; pip install "
-            "'qstar[peft]'"
+            f"path = {str(folder)!r}: an adapter needs the package peft; pip install 'qstar[peft]'"
         ) from error
     source = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     base = AutoModelForCausalLM.from_pretrained(source, **model_options)
@@ -70,7 +68,7 @@ def load(folder: str | os.PathLike, **model_options: Any) -> PreTrainedModel:
 
 
 def without(base: Any) -> Any:
-    """The base model, a copy of its own, with its adapter taken out of it."""
+    """Remove the adapter from a base model, in place, and return the model."""
     if adapter_name(base) is None:
         return base
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -91,8 +89,10 @@ def _forget(base: Any) -> None:
 
 
 def merge(base: Any) -> None:
-    """Add the adapter to the weights of a base model, which is then a stock model again, with all its weights
-    trained. Raises ValueError when it has none, or one that is more than added matrices."""
+    """Merge the adapter into the base model, in place: a stock model, all of whose weights learn.
+
+    Raises ValueError for no adapter, and for one with modules_to_save.
+    """
     name = adapter_name(base)
     if name is None:
         raise ValueError("the base model has no adapter to merge")
@@ -101,7 +101,7 @@ def merge(base: Any) -> None:
 
     whole = [path for path, layer in base.named_modules() if isinstance(layer, ModulesToSaveWrapper)]
     if whole:
-        raise ValueError(f"modules_to_save = {whole}: only adapters can be merged, not parts trained whole")
+        raise ValueError(f"modules_to_save = {whole}: must be empty to merge the adapter")
     for path, layer in list(base.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)

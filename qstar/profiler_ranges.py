@@ -1,6 +1,4 @@
-"""The parts of a training step, named where they run, for profilers and the benches."""
-
-from __future__ import annotations
+"""Name the parts of a training step for profilers and the bench."""
 
 import torch
 
@@ -12,6 +10,8 @@ PHASES = (PREFIX, ROLLOUT, BLOCKS, LOSS)
 
 
 def phase(name: str) -> torch.profiler.record_function:
-    """A range of that name in every trace. With block chunks under activation checkpointing, BLOCKS and LOSS
-    occur once more for each chunk, inside the backward pass."""
+    """Open a range of that name in traces.
+
+    With block_chunk, BLOCKS and LOSS occur again for each chunk, inside the backward pass.
+    """
     return torch.profiler.record_function(name)

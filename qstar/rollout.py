@@ -1,7 +1,5 @@
 """Sample thoughts: one slot of every block at a time, on the K/V of the text, without gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

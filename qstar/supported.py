@@ -1,10 +1,7 @@
-"""Which models can think: what a model must be for its positions to be kept apart through the attention
-interface.
+"""Check whether a model can think, that is whether the attention interface alone mixes its positions.
 
-docs/models.md holds every causal LM of transformers against these rules and against the slow truth.
+docs/models.md tests every causal LM of transformers against these rules and against the slow reference.
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
@@ -12,44 +9,44 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# layer types that the operator has, as transformers names them
+# layer types that the operator supports, in transformers' names
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-# config fields that change what a position sees or is, where they are set
+# config fields that, when set, change what a position sees or is
 _REFUSED_FIELDS = {
     "num_kv_shared_layers": "its later layers read the keys and values of earlier ones",
     "hidden_size_per_layer_input": "every layer reads the token ids again, and a slot of a thought has none",
     "cross_attention_layers": "some of its layers attend to images alone",
     "index_topk_blocks": "its layers choose the keys that they read by an index of their own",
 }
-# what neither a field nor a module shows before the first pass
+# neither a config field nor a module shows these
 _REFUSED_TYPES = {
     "diffllama": "a layer attends twice (differential attention)",
     "doge": "its attention mask is made from the values",
     "hrm_text": "its layers run several times in a pass",
     "nemotron": "its layers hand no keywords on to the attention interface",
 }
-_MULTIPLIES_LOGITS = {"hyperclovax"}  # by logits_scaling, by which every other model divides
+_MULTIPLIES_LOGITS = {"hyperclovax"}  # by logits_scaling; every other model divides by it
 
 
 def text_body(model: PreTrainedModel) -> nn.Module:
-    """What is below the head: it gives the hidden states after the final norm."""
+    """Return the module below the head, which computes the hidden states after the final norm."""
     body = model.base_model
-    # the base_model_prefix of llama4's causal LM is that of the model that also reads images
+    # llama4's causal LM has the base_model_prefix of the model that also reads images
     return getattr(model, "model", model) if body is model else body
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What the head multiplies its logits with."""
+    """Return the factor of the logits after the head's product."""
     scale = getattr(config, "logit_scale", None) or 1
     divisor = getattr(config, "logits_scaling", None) or 1
     return float(scale * divisor if config.model_type in _MULTIPLIES_LOGITS else scale / divisor)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Positions over which the model is one and the same function of positions and tokens, or None: no end.
+    """Return the number of positions that the model computes in one way, or None if there is no limit.
 
-    Besides its context: chunked attention (llama4) is full attention within its first chunk, and the longrope
-    and dynamic frequencies of all positions change as soon as one lies beyond the original context.
+    Besides the model's context, limits are the first chunk of chunked attention (llama4) and the original
+    context of longrope and dynamic frequencies: beyond it, those of all positions change.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [x for x in rope.values() if isinstance(x, dict)]
@@ -63,7 +60,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model whose positions we cannot keep apart through the attention interface."""
+    """Raise ValueError, with the reason, for a model that cannot think."""
     reason = next(_reasons(model), None)
     if reason is not None:
         kind = getattr(model.config, "model_type", type(model).__name__)

@@ -5,8 +5,6 @@ row, P thinking positions in a row, R thoughts per position, N = P * R blocks, k
 tokens, L = k + m + 1 slots in a block, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -5,8 +5,6 @@ once for each number of workers. Before any figure is shown, the rows of all of 
 stream that goes on in the middle must give the batch that came there.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import importlib.util

@@ -15,8 +15,6 @@ threshold of adaptive thinking comes from the checkpoint (`qstar calibrate`), or
 share of the base model's own continuation exceeds.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

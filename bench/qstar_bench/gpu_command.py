@@ -5,8 +5,6 @@ the time; what fails or runs out of it is reported as that, and the rest still r
 one more line in `stages`: what its document has under "rows", and single figures beside, is shown.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

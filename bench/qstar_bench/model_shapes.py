@@ -1,7 +1,5 @@
 """Model shapes by name, for measurements that need a model and not its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -16,8 +16,6 @@ implementation computes besides (logits made again, masked cells, the optimiser)
 as a lower share of the machine's ceiling.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn

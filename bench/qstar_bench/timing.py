@@ -1,7 +1,5 @@
 """Time every measurement."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """Reach what torch keeps private, in one place: tests/bench/test_torch_internals.py fails, by name, for each
 that a new torch takes away or changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

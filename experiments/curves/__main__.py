@@ -4,8 +4,6 @@ Each setting runs with several seeds. Every finished run is a line of runs.jsonl
 call does the runs that are missing there. Figures and table are made from those lines alone.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import dataclass, field

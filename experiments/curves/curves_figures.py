@@ -1,7 +1,5 @@
 """Make the figures and the table of the learning curves from the rows of finished runs alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Do one run of the learning curves: train the embedded model, or one that saw more or fewer useful asides,
 with one setting of the method, and measure it on the way."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace

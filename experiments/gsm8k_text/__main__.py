@@ -1,7 +1,5 @@
 """Ask whether a real language model thinks on GSM8K's text: `make proof-real` with TEXT."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import time

@@ -5,8 +5,6 @@ the angle brackets is never part of the text. What comes before it is kept or re
 `calculations` says. Once removed, it is a step to the number that the text does not show but an aside can.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Sum up what the study has measured, and say whether thoughts help."""
 
-from __future__ import annotations
-
 from experiments.gsm8k_text.gsm8k_training import (
     ALONE_NAME,
     BASE,

@@ -1,7 +1,5 @@
 """Train and test every condition of the study."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

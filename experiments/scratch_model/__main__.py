@@ -1,7 +1,5 @@
 """Ask whether a small model, made from scratch, learns to think on several kinds of text: `make proof`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import asdict, dataclass, field

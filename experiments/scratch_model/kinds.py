@@ -6,8 +6,6 @@ results before the answer. Each word is one token, so every useful aside has STE
 as long, and the same for all kinds.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Like the embedded model of the demo, it first reads asides in every document tha
 asides become rare, and most of them are of no use.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass

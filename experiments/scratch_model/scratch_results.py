@@ -1,7 +1,5 @@
 """Sum up what the study has measured: means with intervals, the verdict, tables and the figure."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Train and test one seed after another, stage by stage; a later run skips what is done already."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path

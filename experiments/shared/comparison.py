@@ -1,7 +1,5 @@
 """Compare conditions that several runs measured: means with intervals, and the least and largest run."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fine-tune the last layers of a real model, with thoughts or without."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed

@@ -1,7 +1,5 @@
 """Make small Llamas and their tokenizers from scratch, on prose and on documents with asides."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

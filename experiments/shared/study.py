@@ -1,7 +1,5 @@
 """Run a study from the command line, and check its options."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ prose and on walks (qstar/demo/town.py). The model learns the useful asides whil
 become rare: half of the documents carry an aside, and one aside in five is useful.
 """
 
-from __future__ import annotations
-
 import sys
 
 import torch

@@ -1,7 +1,5 @@
 """Train the embedded language model: first every document has a useful aside, then asides become rare."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Ask whether a real language model thinks on a built two-hop task on real facts: `make proof-real`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import asdict, dataclass, field

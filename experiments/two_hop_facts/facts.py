@@ -1,7 +1,5 @@
 """List public knowledge in pairs: the model reads the question and says the first letter of the answer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 RELATIONS = {

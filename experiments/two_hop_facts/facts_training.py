@@ -1,7 +1,5 @@
 """Set the method up for this study, and test a model on facts that it has not seen."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

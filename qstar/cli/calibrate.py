@@ -1,7 +1,5 @@
 """`qstar calibrate`: measure on a text how uncertain the base prediction must be for a thought to pay."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 
 from transformers.hf_argparser import HfArg

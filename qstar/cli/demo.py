@@ -1,7 +1,5 @@
 """Run `qstar demo`: train an embedded tiny model in several conditions, compare them, show what it thinks."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time

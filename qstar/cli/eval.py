@@ -1,7 +1,5 @@
 """`qstar eval`: does it think? One task, a model in every condition, beside its base and its controls."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read what `qstar eval` is asked for: its options, and the task and models that they name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

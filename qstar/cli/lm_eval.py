@@ -1,7 +1,5 @@
 """`qstar lm_eval`: lm-evaluation-harness as it is, which knows the model `qstar` here."""
 
-from __future__ import annotations
-
 import sys
 
 

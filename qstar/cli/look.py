@@ -1,7 +1,5 @@
 """`qstar look TEXT -o look.html`: one page in which a person sees a model think."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

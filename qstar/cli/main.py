@@ -1,7 +1,5 @@
 """Find the command of `qstar COMMAND`; each lives in a module of its own, imported only when asked for."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import sys

@@ -1,7 +1,7 @@
-"""Options of a command from dataclasses and YAML; every mistake is a ValueError, which the command line shows
-in one line."""
+"""Parse a command's options from dataclasses and YAML.
 
-from __future__ import annotations
+Every mistake raises ValueError, which the command line shows in one line.
+"""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 
 class _Raises:
-    """argparse itself would print all options and leave the process."""
+    """Raise ValueError where argparse would print all options and exit."""
 
     prog: str
 
@@ -22,7 +22,7 @@ class _Raises:
 
 
 class Parser(_Raises, argparse.ArgumentParser):
-    """For a command with arguments that are no options."""
+    """Parse the arguments of a command that has positional ones."""
 
 
 class _DataclassParser(_Raises, HfArgumentParser):
@@ -30,7 +30,7 @@ class _DataclassParser(_Raises, HfArgumentParser):
 
 
 def parse_options(types: Any, argv: list[str], prog: str) -> tuple:
-    """One instance of each dataclass. Raises ValueError for an unknown, missing or ill-formed option."""
+    """Return one instance of each dataclass. Raises ValueError for an unknown, missing or bad option."""
     parser = _DataclassParser(types, prog=prog)
     *parsed, unknown = parser.parse_args_into_dataclasses(
         args=argv, return_remaining_strings=True, look_for_args_file=False
@@ -41,7 +41,7 @@ def parse_options(types: Any, argv: list[str], prog: str) -> tuple:
 
 
 def with_config_file(argv: list[str]) -> list[str]:
-    """The command line with the options of `--config file.yaml`, if given, before its own, which win."""
+    """Put the options of `--config file.yaml`, if given, before those of the command line, which win."""
     rest, given = list(argv), []
     for at, option in enumerate(argv):
         name, equals, path = option.partition("=")
@@ -58,7 +58,7 @@ def _yaml_options(path: str) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"--config = {path}: is no YAML: {error}") from error
+        raise ValueError(f"--config = {path}: must be YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config = {path}: must hold 'option: value' lines")
     given: list[str] = []

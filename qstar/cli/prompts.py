@@ -1,7 +1,5 @@
 """Files of prompts and of answers, for `qstar generate`: JSONL, a record a line."""
 
-from __future__ import annotations
-
 from operator import itemgetter
 from typing import Any
 

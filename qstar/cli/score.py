@@ -1,7 +1,5 @@
 """`qstar score`: one JSON line for every token of a text, from one parallel pass."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import nullcontext

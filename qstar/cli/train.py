@@ -1,7 +1,4 @@
-"""`qstar train`: the stock Hugging Face Trainer on a QuietStarForCausalLM, with a table of before and
-after."""
-
-from __future__ import annotations
+"""Run `qstar train`: train a QuietStarForCausalLM and compare it with what it was, on held-out text."""
 
 import resource
 import sys
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from qstar import checkpoint
@@ -21,80 +19,67 @@ from qstar.data import DataArguments, collate, load_rows
 from qstar.demo import TINY_LM
 from qstar.evaluation.held_out import before_after, hardest, held_out, summary
 from qstar.model import QuietStarForCausalLM
+from qstar.option_checks import check_least
 from qstar.peft_adapters import adapter_name
 from qstar.reporting import tables
 from qstar.reporting.profiling import TraceSteps
 from qstar.reporting.training_curves import save_curves
-from qstar.training.callbacks import last_complete_checkpoint
-from qstar.training.trainer import NonFiniteError, QuietStarTrainer
+from qstar.training import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
 
 
 @dataclass
 class ModelArguments:
-    """Which model, the learning rates of its new parts, and what is looked at."""
+    """Choose the model, the parts of it that learn, and what is logged of them."""
 
-    model: str = field(
-        default=str(TINY_LM),
-        metadata={
-            "help": "Base or Quiet-STaR model: a folder, or a name on the hub; default: the embedded one."
-        },
+    model: str = HfArg(default=str(TINY_LM), help="Folder or hub name of a base or Quiet-STaR model.")
+    mixing_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate of the mixing head; default: --learning_rate."
     )
-    mixing_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the mixing head; default: --learning_rate."}
+    boundary_learning_rate: float | None = HfArg(
+        default=None, help="That of <start> and <end>, before boundary_scale; default: --learning_rate."
     )
-    boundary_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "That of <start> and <end>, before boundary_scale; default: --learning_rate."},
+    freeze_base: bool = HfArg(default=False, help="Train only the mixing head and the boundary embeddings.")
+    lora_rank: int | None = HfArg(
+        default=None, help="Train LoRA adapters (peft) of this rank on every linear layer, and not the base."
     )
-    freeze_base: bool = field(
-        default=False,
-        metadata={"help": "Train only the mixing head and the boundary embeddings."},
+    trainable_layers: int | None = HfArg(
+        default=None, help="Freeze the base model except its last so many layers; default: train all."
     )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train adapters (peft) of this rank on every linear layer of the base, not itself."
-        },
+    gradient_norm_steps: int = HfArg(
+        default=0, help="Log the gradient norms of NLL and policy every so many steps; 0: never."
     )
-    trainable_layers: int | None = field(
-        default=None,
-        metadata={"help": "Freeze the base model but for its last so many layers; default: none is frozen."},
-    )
-    gradient_norm_steps: int = field(
-        default=0,
-        metadata={"help": "Log gradient norms of NLL and policy apart every so many steps; 0: never."},
-    )
-    trace: str | None = field(
-        default=None, metadata={"help": "Write a chrome trace of the second to fourth step here."}
-    )
+    trace: str | None = HfArg(default=None, help="File for a Chrome trace of the second to fourth step.")
+
+    def __post_init__(self) -> None:
+        check_least(self, lora_rank=1)
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Hugging Face's TrainingArguments, with the paper's recipe as defaults."""
+    """Set Hugging Face's TrainingArguments, with the paper's recipe as defaults."""
 
-    output_dir: str = field(default="outputs", metadata={"help": "Checkpoints, curves and figures go here."})
-    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the base model."})
-    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
-    tokens_per_step: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of an optimiser step, on all processes: sets gradient_accumulation_steps."},
+    output_dir: str = HfArg(default="outputs", help="Folder for checkpoints, curves and figures.")
+    learning_rate: float = HfArg(default=1e-6, help="Learning rate of the base model.")
+    weight_decay: float = HfArg(default=1e-3, help="Weight decay.")
+    warmup_steps: float = HfArg(default=20, help="Steps of linear warm-up.")
+    tokens_per_step: int | None = HfArg(
+        default=None, help="Tokens of an optimiser step over all processes; sets gradient_accumulation_steps."
     )
-    max_steps: int = field(default=100, metadata={"help": "Optimiser steps."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    save_steps: float = field(default=50, metadata={"help": "Save a checkpoint every so many steps."})
-    # a list, and made by a factory: HfArgumentParser forgets any other default of an option with many values
+    max_steps: int = HfArg(default=100, help="Optimiser steps.")
+    logging_steps: float = HfArg(default=1, help="Log every so many steps.")
+    save_steps: float = HfArg(default=50, help="Save a checkpoint every so many steps.")
+    # HfArgumentParser keeps the default of a list only from a factory
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "Loggers to report to."})
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, QuietStarConfig, TrainArguments]:
-    """Options from `--config file.yaml`, if given, and the command line, which wins."""
+    """Read the options from `--config file.yaml`, if given, and the command line, which wins."""
     types = (ModelArguments, DataArguments, QuietStarConfig, TrainArguments)
     return parse_options(types, with_config_file(argv), prog="qstar train")
 
 
 def main(argv: list[str]) -> int:
+    """Run `qstar train`; return the exit status."""
     model_args, data_args, config, args = parse(argv)
     check_loggers(args.report_to)
     tracer = TraceSteps(model_args.trace) if model_args.trace is not None else None
@@ -106,18 +91,14 @@ def main(argv: list[str]) -> int:
     workers = args.dataloader_num_workers
     train_rows, held_out_rows = load_rows(data_args, tokenizer, config.talk_length, args.seed, workers)
     if data_args.streaming:
-        args.dataloader_num_workers = 0  # the stream has them
+        args.dataloader_num_workers = 0  # the stream uses them itself
     model = open_model(model_args.model, config, tokenizer)
     if model_args.freeze_base or model_args.trainable_layers is not None:
         model.freeze_base(model_args.trainable_layers or 0)
     if model_args.lora_rank is not None:
         adapt(model, model_args.lora_rank)
     model.check_length(data_args.span_length, "a row of span_length")
-    resume = args.resume_from_checkpoint
-    if resume is not None and resume.lower() == "true":
-        resume = last_complete_checkpoint(args.output_dir)
-        if resume is None:
-            raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {args.output_dir!r}")
+    resume = checkpoint_to_resume(args)
     trainer = QuietStarTrainer(
         model=model,
         args=args,
@@ -130,9 +111,13 @@ def main(argv: list[str]) -> int:
         gradient_norm_steps=model_args.gradient_norm_steps,
         callbacks=[tracer] if tracer is not None else [],
     )
-    batch = args.per_device_eval_batch_size
     first = trainer.is_world_process_zero()
-    start = held_out(model, held_out_rows, batch, progress="held out, before" if first else None)
+
+    def measure(when: str):
+        progress = f"held out, {when}" if first else None
+        return held_out(model, held_out_rows, args.per_device_eval_batch_size, progress)
+
+    start = measure("before")
     hard = hardest(start.base_nll)
     try:
         with tracer or nullcontext():
@@ -142,14 +127,12 @@ def main(argv: list[str]) -> int:
         print(f"\nqstar train: stopped, {error}; last good checkpoint: {good or 'none'}", file=sys.stderr)
         return 1
     trainer.save_model(args.output_dir)
-    before, after = (
-        summary(start, hard),
-        summary(held_out(model, held_out_rows, batch, "held out, after" if first else None), hard),
-    )
+    before, after = summary(start, hard), summary(measure("after"), hard)
     if not first:
         return 0
-    if save_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png"):
-        print(f"curves: {Path(args.output_dir) / 'curves.png'}")
+    curves = Path(args.output_dir) / "curves.png"
+    if save_curves(trainer.state.log_history, curves):
+        print(f"curves: {curves}")
     steps = result.global_step
     seconds = result.metrics["train_runtime"] / max(steps, 1)
     # ru_maxrss is in KiB on Linux
@@ -169,11 +152,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def checkpoint_to_resume(args: TrainArguments) -> str | None:
+    """Return the checkpoint to resume: for "true" the newest complete one of the output folder."""
+    resume = args.resume_from_checkpoint
+    if resume is None or resume.lower() != "true":
+        return resume
+    newest = last_complete_checkpoint(args.output_dir)
+    if newest is None:
+        raise ValueError(f"resume_from_checkpoint = {resume}: no complete checkpoint in {args.output_dir!r}")
+    return newest
+
+
 def adapt(model: QuietStarForCausalLM, rank: int) -> None:
-    """LoRA on every linear layer of the base model but its head, which then learns nothing else. Raises
-    ValueError without peft, for a rank under 1, and for a base that is frozen or has adapters already."""
-    if rank < 1:
-        raise ValueError(f"lora_rank = {rank}: must be at least 1")
+    """Train only LoRA adapters on every linear layer of the base model except its head.
+
+    Raises ValueError without peft, and for a base that is frozen or has adapters already.
+    """
     if adapter_name(model.base) or not all(p.requires_grad for p in model.base.parameters()):
         raise ValueError(f"lora_rank = {rank}: the base model is frozen or has adapters already")
     try:
@@ -184,11 +178,10 @@ def adapt(model: QuietStarForCausalLM, rank: int) -> None:
 
 
 def accumulation(args: TrainArguments, span_length: int) -> int:
-    """Micro-batches of a step, so that the rows of all processes have `tokens_per_step` tokens.
+    """Return the micro-batches of a step in which the rows of all processes have `tokens_per_step` tokens.
 
-    A budget of rows, so that all steps have the same shapes: packing leaves little of a row empty, and the
-    loss is the mean over the targets that a step really has. Raises ValueError for a budget that is no whole
-    number of micro-batches.
+    Padding counts, so all steps have the same shapes; the loss is the mean over the targets that there are.
+    Raises ValueError unless the tokens make a whole number of micro-batches.
     """
     budget, rows = args.tokens_per_step, args.train_batch_size * args.world_size
     if args.gradient_accumulation_steps != 1:
@@ -206,7 +199,7 @@ def accumulation(args: TrainArguments, span_length: int) -> int:
 
 
 def check_loggers(names: list[str]) -> None:
-    """Raises ValueError for one that is not installed: the Trainer would say so after the data were read."""
+    """Raise ValueError for a missing logger now; the Trainer would only after the data are read."""
     installed = get_available_reporting_integrations()
     missing = [name for name in names if name not in installed]
     if missing:
@@ -217,10 +210,9 @@ def check_loggers(names: list[str]) -> None:
 
 
 def open_model(path: str, config: QuietStarConfig, tokenizer) -> QuietStarForCausalLM:
-    """A checkpoint that already thinks goes on with the options of this run; any other folder is a base
-    model."""
+    """Open a Quiet-STaR checkpoint, with the options of this run, or make one from a base model."""
     if Path(path).is_dir():
-        checkpoint.finish_update(path)  # a crash may have left the description not yet in its place
+        checkpoint.finish_update(path)  # a crash may have left one half done
     if not (Path(path) / checkpoint.DESCRIPTION).is_file():
         return QuietStarForCausalLM.from_base(path, config, tokenizer=tokenizer, dtype="float32")
     model = QuietStarForCausalLM.from_pretrained(path, dtype="float32")

@@ -1,7 +1,5 @@
 """Load text as rows to train on and rows to measure with, held whole or as a stream."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 Rows carry position_ids that count from 0 in every document, so no document attends across its border.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

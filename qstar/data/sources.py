@@ -1,7 +1,5 @@
 """Find where text comes from: files of documents, their records, and the text of a record."""
 
-from __future__ import annotations
-
 import json
 import lzma
 import zlib

@@ -4,8 +4,6 @@ The order follows from the seed alone and a position is a few numbers, so a run 
 datasets.IterableDataset cannot: the buffer of its shuffle is not in its state.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import deque

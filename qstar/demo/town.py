@@ -6,8 +6,6 @@ predicts the answer it cannot follow eight of them in a row. Some writers spell 
 "Where? — via oak pond well (and so on) — barn.", others put something unrelated there, most say nothing.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Find the entropy of the base prediction above which a thought is worth its time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Turn the figures of an evaluation into flat rows, which `reporting.tables.intervals` shows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any

@@ -5,8 +5,6 @@ the fixed set; argmax: whether each of them is the likeliest of the set. A thoug
 that predicts such a token, as in training. Source: arXiv 2403.09629, section 5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Tokens, batches of generation, chat templates and caches are the harness's own (
 is here. `qstar lm_eval` imports this module and runs the harness.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Measure the held-out next-token loss with and without thoughts, token by token; summarise it before and
 after training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

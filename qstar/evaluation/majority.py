@@ -5,8 +5,6 @@ Source: arXiv 2403.09629, section 5 and appendix, as in the authors' code: chain
 an integer is a vote for none.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

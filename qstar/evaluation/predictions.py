@@ -4,8 +4,6 @@ The geometry is that of training: the same layout, rollout and pass over the slo
 and the prediction right after it. Legend: B rows, T tokens, M positions, k thought tokens, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ each of its tokens that is in the set is scored; others (the space before a numb
 read and not scored.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Keep what an evaluation has measured, in memory and as lines of a file from which a later run resumes."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -4,8 +4,6 @@ A batch of a model is read once for all its conditions. Its random numbers follo
 alone, so a resumed run measures what an uninterrupted one would have measured.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

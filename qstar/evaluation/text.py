@@ -6,8 +6,6 @@ condition beside the control and shuffled thoughts, and each figure of the hard 
 next to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -4,8 +4,6 @@ transformers itself merges the generation config, finds padding, repeats prompts
 builds the logits processors and stopping criteria; our loop takes the place of its own (`custom_generate`).
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from typing import Any

@@ -9,8 +9,6 @@ its draft is always kept. Rows grow unevenly. Legend: B rows, n = g + 1 position
 in a row, k thought tokens, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

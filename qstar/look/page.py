@@ -1,8 +1,6 @@
 """Write one self-contained page of a `Look`: style, script and data are inside, and its own policy allows
 nothing else."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Legend: T tokens, R thoughts per position, k thought tokens, m talk tokens, K predictions shown, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

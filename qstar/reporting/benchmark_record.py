@@ -6,8 +6,6 @@ line of stdout, and with `--append` a line of a JSONL file, which `qstar bench r
 from. rows are those of the printed table, flat.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import platform

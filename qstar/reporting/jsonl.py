@@ -1,7 +1,5 @@
 """Read a user's file of one JSON object a line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Keep the results of a run as JSON lines, so that a later run goes on where it stopped."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Hashable
 from pathlib import Path

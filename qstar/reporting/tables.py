@@ -1,7 +1,5 @@
 """Show what a person reads, tables that paste into an issue, and what a machine reads, one line of JSON."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

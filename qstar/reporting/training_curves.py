@@ -1,7 +1,5 @@
 """Draw the curves of a training run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 CURVES = {

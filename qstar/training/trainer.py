@@ -1,7 +1,4 @@
-"""The stock Hugging Face Trainer with the callback, told three things more: the learning rates of the parts,
-what to show, and when to stop."""
-
-from __future__ import annotations
+"""Train with the Hugging Face Trainer, with learning rates for the thought parts and a stop on NaN."""
 
 from collections import defaultdict
 from typing import Any
@@ -14,16 +11,15 @@ from qstar.training.callbacks import QuietStarCallback
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient is NaN or infinite; no parameter was updated with it."""
+    """Report a NaN or infinite loss or gradient, with which no parameter was updated."""
 
 
 class QuietStarTrainer(Trainer):
-    """`Trainer` for a QuietStarForCausalLM.
+    """Train a QuietStarForCausalLM, with `QuietStarCallback` added.
 
     mixing_learning_rate, boundary_learning_rate: of those parts (default: `args.learning_rate`), the latter
     before the factor `boundary_scale`; gradient_norm_steps: log the gradient norms of the NLL and the policy
-    part apart at every so many steps (two more backward passes there), 0 never; of several processes each
-    its own.
+    loss every so many steps, at two more backward passes, each process its own; 0: never.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -39,13 +35,13 @@ class QuietStarTrainer(Trainer):
         super().__init__(*arguments, **options)
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor = {self.args.label_smoothing_factor}: must be 0, the loss is the "
-                "model's own"
+                f"label_smoothing_factor = {self.args.label_smoothing_factor}: must be 0, because the model "
+                "computes its loss itself"
             )
         if gradient_norm_steps and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"gradient_norm_steps = {gradient_norm_steps}: must be 0 with FSDP or DeepSpeed, where no "
-                "process has whole gradients"
+                f"gradient_norm_steps = {gradient_norm_steps}: must be 0 with FSDP or DeepSpeed, which shard "
+                "the gradients"
             )
         self._part_rates = {"mixing": mixing_learning_rate, "boundary": boundary_learning_rate}
         self._gradient_norm_steps = gradient_norm_steps
@@ -60,13 +56,13 @@ class QuietStarTrainer(Trainer):
             target = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(target))
             own = self.accelerator.unwrap_model(target)
-            # by identity: a wrapper prefixes names, and a base model may have a part of the same name
+            # by identity, because a wrapper prefixes names, and a base model may have a part of that name
             parts = {id(p): part for part in self._part_rates for p in getattr(own, part).parameters()}
             groups: dict[tuple, list] = defaultdict(list)
             for name, parameter in target.named_parameters():
                 if parameter.requires_grad:
                     part = parts.get(id(parameter))
-                    # boundaries are embeddings that no text trains: decay would only pull them to zero
+                    # decay would pull the boundary embeddings to zero
                     groups[part, name in decayed and part != "boundary"].append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             rates = {part: rate for part, rate in self._part_rates.items() if rate is not None}
@@ -87,7 +83,7 @@ class QuietStarTrainer(Trainer):
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         if targets is None or self.args.n_gpu > 1:
             return batches, targets
-        # with all counts, the parts add up to the whole also where they are not alike
+        # with these counts, the losses of unequal micro-batches add up to that of the whole batch
         names = ("input_ids", "attention_mask", "labels", "position_ids", "think_mask")
         model = self.accelerator.unwrap_model(self.model)
         items = sum(model.count_items(**{n: b[n] for n in names if n in b}) for b in batches).to(device)
@@ -111,24 +107,24 @@ class QuietStarTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.thoughts.collect()  # in the loss's own line; the callback finds none left then
+            logs |= self.thoughts.collect()  # on the loss's line; the callback then finds none left
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.thoughts.resume_from = resume_from_checkpoint
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # else the stock method would load the base model's file alone; the callback loads all
+        # else the callback loads all; the stock method would load only the base model's file
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
-        # else the callback does, at the end of the run
+        # else the callback does so at the end of the run
 
 
 class _StopBeforeNonFinite(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if args.fp16:  # the gradient scaler looks for them itself, and skips the step
+        if args.fp16:  # the gradient scaler itself checks, and skips the step
             return
         squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
         if squares and not bool(torch.isfinite(torch.stack([s.cpu() for s in squares]).sum())):
@@ -136,7 +132,7 @@ class _StopBeforeNonFinite(TrainerCallback):
 
 
 class ThoughtProgress(ProgressCallback):
-    """One live line: loss, reward, mixing weight and thoughts per second."""
+    """Show loss, reward, mixing weight and thoughts per second on the progress bar."""
 
     SHOWN = (
         ("loss", "loss"),

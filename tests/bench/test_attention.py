@@ -1,7 +1,5 @@
 """`qstar bench attention` runs every candidate, holds each to the definition, and ends with its JSON."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

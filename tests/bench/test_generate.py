@@ -1,7 +1,5 @@
 """`qstar bench generate`: the published way writes the same tokens, and the document has its keys."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

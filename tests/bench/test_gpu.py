@@ -1,7 +1,5 @@
 """`make gpu`'s command, rehearsed on a CPU: every stage runs, and what fails is told."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`qstar bench kernels` runs, tells what it compiled even when interrupted, and ends with its document."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`qstar bench step`: all ways compute the same step before any is timed, and its counts are the method's."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Every example names the extra it needs, imports no more than that brings, and names it again without it."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,8 +1,6 @@
 """The commands of docs/scaling.md: torchrun and accelerate launch with two processes on the CPU, interrupted,
 and resumed by one process and by four."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

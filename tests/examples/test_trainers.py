@@ -1,7 +1,5 @@
 """Every trainer's example runs as documented, and an interrupted run goes on bit for bit where it was."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

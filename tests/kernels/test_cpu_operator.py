@@ -1,7 +1,5 @@
 """The CPU engine as a torch operator: registration, fake tensors, torch.compile, checkpointing, autocast."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from attention_cases import Case, problem

@@ -1,7 +1,5 @@
 """impl="flex": FlexAttention under the operator's block mask, on a CPU, where it has a forward pass alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from qstar_kernels import flex, resolve_impl, thought_attention

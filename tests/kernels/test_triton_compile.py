@@ -1,7 +1,5 @@
 """The Triton kernels compile for chips that are not here: a part of the gate; `matrix` is the whole."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from qstar_bench.kernels.compile_gate import KERNELS, Compiled, Gate, matrix

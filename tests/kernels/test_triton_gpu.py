@@ -1,7 +1,5 @@
 """The Triton kernels on a real GPU: the interpreter's cases and larger ones, by the same rule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

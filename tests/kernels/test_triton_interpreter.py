@@ -1,7 +1,5 @@
 """The Triton kernels on a CPU, by Triton's interpreter: forward and every gradient of every option."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Tile choice, which needs no GPU, and what `impl="triton"` says where it cannot run."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

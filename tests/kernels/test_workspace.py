@@ -1,7 +1,5 @@
 """What an operator is said to hold besides its results is what torch's allocator hands out inside it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from attention_cases import Case, problem

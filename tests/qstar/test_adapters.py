@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from qstar import QuietStarConfig, QuietStarForCausalLM
 from qstar.data import collate
 from qstar.thinker import Thinker
-from qstar.training.callbacks import last_complete_checkpoint
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training import QuietStarTrainer, last_complete_checkpoint
 
 IDS = tokens(2, 12)
 THOUGHTS = torch.randint(2, 60, (2, 11, 2, 3), generator=torch.Generator().manual_seed(5))
@@ -142,11 +141,11 @@ def test_what_cannot_be_adapted_saved_or_merged_is_told_in_one_line(source, tmp_
     with pytest.raises(ValueError, match=r"^the head is a Linear: an adapter on it"):
         loss(adapted(source, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(
-        ValueError, match=r"^modules_to_save = \['model\.layers\.0.*: only adapters can be merged"
+        ValueError, match=r"^modules_to_save = \['model\.layers\.0.*: must be empty to merge the adapter$"
     ):
         adapted(source, modules_to_save=["norm"]).merge_adapter()
     model = adapted(source)
-    with pytest.raises(ValueError, match=r"the base model lies there, which the adapter needs$"):
+    with pytest.raises(ValueError, match=r"must not be the folder of the adapter's base model$"):
         model.save_pretrained(source)
     assert (source / "model.safetensors").is_file()
     model.save_pretrained(tmp_path)

@@ -26,7 +26,7 @@ def test_each_begins_from_the_embedding_of_its_own_token():
 @pytest.mark.parametrize("name", ["start_token", "end_token"])
 @pytest.mark.parametrize("text", ["zqx", "♞"])
 def test_a_text_that_is_no_dash_and_not_one_token_is_refused_by_name(name, text):
-    with pytest.raises(ValueError, match=rf"^{name} = '{text}': must be one token of this model, it is \d$"):
+    with pytest.raises(ValueError, match=rf"^{name} = '{text}': must be one token of this model, but is \d$"):
         begun(**{name: text})
 
 
@@ -35,5 +35,5 @@ def test_a_dash_may_be_another_dash_but_without_a_tokenizer_no_other_text_can_be
     (token,) = tokenizer.encode("-", add_special_tokens=False)
     torch.testing.assert_close(model.boundary.start, table[token])
     assert "end_token = '—' is no single token of this model: using -" in caplog.text
-    with pytest.raises(ValueError, match=r"^start_token = ' is': finding its token needs the tokenizer$"):
+    with pytest.raises(ValueError, match=r"^start_token = ' is': must be a dash without a tokenizer$"):
         QuietStarForCausalLM.from_base(base_model(), QuietStarConfig(start_token=" is"))

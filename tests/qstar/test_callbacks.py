@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from qstar import QuietStarForCausalLM
 from qstar.data import collate
-from qstar.training.callbacks import QuietStarCallback, last_complete_checkpoint
+from qstar.training import QuietStarCallback, last_complete_checkpoint
 
 ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(10))} for i in range(8)]
 
@@ -164,10 +164,10 @@ def test_a_run_elsewhere_resumes_from_the_folder_the_callback_is_told_and_from_n
 ):
     source = checkpoints / "checkpoint-1"
     trainer = stock(tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match=r"^resume_from = .*checkpoint-1': is not the checkpoint that"):
+    with pytest.raises(ValueError, match=r"^resume_from = .*checkpoint-1': must be the checkpoint that"):
         trainer.train(resume_from_checkpoint=str(source))
     other = stock(tmp_path, resume_from=checkpoints / "checkpoint-2", max_steps=2)
-    with pytest.raises(ValueError, match=r"^resume_from = .*checkpoint-2': is not the checkpoint that"):
+    with pytest.raises(ValueError, match=r"^resume_from = .*checkpoint-2': must be the checkpoint that"):
         other.train(resume_from_checkpoint=str(source))
     right = stock(tmp_path, thinking_model(seed=5), resume_from=source, max_steps=2)
     right.train(resume_from_checkpoint=str(source))

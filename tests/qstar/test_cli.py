@@ -290,7 +290,7 @@ REFUSED = {
     "missing config": (["--config", "no.yaml"], "No such file or directory: 'no.yaml'"),
     "nothing to resume": (
         ["--resume_from_checkpoint", "true"],
-        "resume_from_checkpoint: no complete checkpoint",
+        "resume_from_checkpoint = true: no complete checkpoint",
     ),
     "not a number": (["--policy_weight", "inf"], "at step 1; last good checkpoint: none"),
 }
@@ -319,7 +319,7 @@ def test_a_logger_that_is_not_installed_is_told_in_one_line_with_its_extra(capsy
     [
         ("thought_lengths: 3\n", "unknown options ['--thought_lengths=3']"),
         ("- thought_length\n", "must hold 'option: value' lines"),
-        ("thought_length: [", "is no YAML"),
+        ("thought_length: [", "must be YAML"),
     ],
     ids=["unknown key", "a list", "no yaml"],
 )

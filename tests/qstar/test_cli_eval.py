@@ -1,7 +1,5 @@
 """`qstar eval` on tiny checkpoints: every task, the tables, going on, and every mistake in one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

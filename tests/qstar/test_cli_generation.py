@@ -1,7 +1,5 @@
 """`qstar generate` over files, `qstar calibrate` and `qstar score`, on a tiny trained checkpoint."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

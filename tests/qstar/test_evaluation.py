@@ -1,7 +1,5 @@
 """`qstar eval`'s protocols against slow and hand-made truths."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

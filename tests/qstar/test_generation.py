@@ -1,7 +1,5 @@
 """The generator: drafting changes nothing but the speed, and every convention of transformers' holds."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

@@ -1,7 +1,5 @@
 """The model `qstar` in the real lm-evaluation-harness, on tasks and data of our own."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,8 +1,6 @@
 """`qstar look`: its figures against plain forwards of one position at a time, the data of its page, and what
 it refuses."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,8 +1,6 @@
 """The page of `qstar look` in a real browser: on a desk with a mouse and a keyboard, on a small phone, in the
 dark and on paper."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct

@@ -1,7 +1,5 @@
 """Several processes are as one with all their rows: loss, gradients, thoughts, what they save."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from qstar import QuietStarForCausalLM, checkpoint
 from qstar.data import collate
 from qstar.reporting.profiling import TraceSteps
-from qstar.training.callbacks import last_complete_checkpoint
-from qstar.training.trainer import NonFiniteError, QuietStarTrainer, _StopBeforeNonFinite
+from qstar.training import NonFiniteError, QuietStarTrainer, last_complete_checkpoint
+from qstar.training.trainer import _StopBeforeNonFinite
 
 ROWS = [{"input_ids": tokens(1, 10, i)[0].tolist(), "position_ids": list(range(10))} for i in range(8)]
 

@@ -1,7 +1,5 @@
 """The Trainer in several processes, by DDP and sharded by FSDP2, and resumed with other numbers of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -13,7 +11,7 @@ import torch
 from trainer_run import SAVED, STEPS
 
 from qstar import QuietStarForCausalLM
-from qstar.training.callbacks import last_complete_checkpoint
+from qstar.training import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow  # several processes
 

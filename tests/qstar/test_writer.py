@@ -12,7 +12,7 @@ from qstar import QuietStarForCausalLM
 from qstar.data import collate
 from qstar.evaluation.predictions import predict
 from qstar.layout import TextRows, ThoughtLayout
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training import QuietStarTrainer
 
 GREEDY = {"thought_temperature": 0.0, "num_thoughts": 1}
 FROZEN = {"writer": "base", "policy_weight": 0.0}

@@ -4,8 +4,6 @@
 path).
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ list of (name of a run, losses of its steps until it ended, those after it was r
 A run that leaves something of ours on a module or class of another library fails.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

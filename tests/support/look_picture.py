@@ -3,8 +3,6 @@
 `make look` draws docs/look.png (`python -m look_picture MODEL PICTURE`, with tests/support on the path).
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

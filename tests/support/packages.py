@@ -1,7 +1,5 @@
 """Read what setup.py asks to be installed, what a file imports, and which of our modules import which."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

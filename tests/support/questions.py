@@ -1,7 +1,5 @@
 """Questions of our own in the formats of GSM8K and CommonsenseQA, and tiny checkpoints to ask."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shards of made-up documents, in the formats that a stream reads."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable

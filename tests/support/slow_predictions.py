@@ -1,7 +1,5 @@
 """What an evaluation must find, the slow way: plain forwards of one position at a time, nothing shared."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 

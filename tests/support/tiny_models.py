@@ -1,7 +1,5 @@
 """Tiny random models of the architectures that the tests cover, and the slow truth they are compared with."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel

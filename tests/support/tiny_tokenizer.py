@@ -1,7 +1,5 @@
 """A byte-level BPE trained on the spot: no download."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

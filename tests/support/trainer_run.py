@@ -5,8 +5,6 @@
 The batch is always that of four rows, and thoughts are greedy: nothing depends on the number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -17,8 +15,7 @@ from trainer_options import SHORT_RUN
 from transformers import Trainer, TrainingArguments
 
 from qstar.data import collate
-from qstar.training.callbacks import QuietStarCallback
-from qstar.training.trainer import QuietStarTrainer
+from qstar.training import QuietStarCallback, QuietStarTrainer
 
 STEPS, SAVED = 4, 2
 LENGTHS = {"stock": [10] * 16, "own": [10, 6, 8, 10, 5, 10, 7, 9] * 2}  # with the stock Trainer all alike

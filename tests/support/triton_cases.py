@@ -4,8 +4,6 @@ As a program, under TRITON_INTERPRET=1, it answers a run's name on stdin by what
 line of JSON. test_triton_interpreter.py asks; the variable must be set before triton is imported.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ that has imported everything: starting Python with torch costs more than these r
 The last line of stdout is a JSON list: of each run, one after the other, what rank 0 printed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,8 +1,6 @@
 """Check that each candidate of `qstar bench attention` computes the right result, before any time is
 shown."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ machine for a while slows both sides of it. The row of "matmul" is a large squar
 timing.py) in the same rounds: the ceiling.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field

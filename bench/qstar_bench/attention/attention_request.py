@@ -1,8 +1,6 @@
 """Check the shapes, candidates and passes of `qstar bench attention` before anything is
 measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

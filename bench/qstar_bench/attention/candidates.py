@@ -8,8 +8,6 @@
 - flash: the operator with impl="flash", stock flash kernels for the prefix; on a GPU only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

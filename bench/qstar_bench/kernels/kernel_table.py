@@ -6,8 +6,6 @@ FLOPs / peak and bytes / bandwidth of the chip's data sheet. docs/kernels.md hol
 between the machine's lines and the last one. Interrupted, it tells what was compiled until then.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import sys

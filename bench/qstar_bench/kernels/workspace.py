@@ -5,8 +5,6 @@ of cpu_tiles.py, the panels of cpu_native.py and the buffers of triton_attention
 tile is taken to see all T prefix keys. Legend as in cpu_tiles.py.
 """
 
-from __future__ import annotations
-
 import torch
 from qstar_kernels import cpu_native
 from qstar_kernels.cpu_tiles import tile_sizes

@@ -10,8 +10,6 @@ torch's own MemTracker has neither these phases and categories nor a timeline, a
 plain fake tensors `mask.any()` and `x[mask]` have no value.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import weakref

@@ -4,8 +4,6 @@ Plans of one and of two layers give the peak of any number of layers, which grow
 estimate, by which the answer is searched. The answer itself is planned in full.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Both come from the log of torch's allocators (kineto's profile_memory), which se
 release, inside operators and custom ones too, on a CPU and on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import threading

@@ -1,7 +1,5 @@
 """`qstar memory plan`: what a training step needs, what fits on a card, and a picture of it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 

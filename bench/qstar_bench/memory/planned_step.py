@@ -1,7 +1,5 @@
 """Plan the memory of a training step, by category and phase, without weights and without a GPU."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """`qstar memory profile`: a real training step's memory, by phase, beside what the plan said."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training step that `qstar memory` plans and measures: which model, which strategy, which precision."""
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`qstar bench report RUN.jsonl ... -o report.html`: the runs of some files as one page, and their plots."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -4,8 +4,6 @@ The page stands alone: its style is inside, its plots are SVG elements, and its 
 the network. All text of a run is escaped.
 """
 
-from __future__ import annotations
-
 import json
 from html import escape
 from typing import Any

@@ -3,8 +3,6 @@
 A bench that is not known here has none; a row that lacks what a plot needs is left out of it.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator

@@ -9,8 +9,6 @@ graph of all passes kept for one backward. It gives the loss that ours gives for
 bench checks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gumbel_softmax, log_softmax, one_hot

@@ -5,8 +5,6 @@ Each point is one forward + backward of a small random Mistral with thoughts, al
 and memory grow in proportion to the slots; with them memory stays, and a part of the time is spent twice.
 """
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -6,8 +6,6 @@ processes of its own, so that its peak memory is its own; the rounds alternate, 
 of the machine hurts all, and a ratio is the median of the rounds' ratios.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -6,8 +6,6 @@
 - plain: language-model training of the base model on the same text: the price of thinking is over this.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
