@@ -58,6 +58,7 @@ def test_weights_gradients_and_optimiser_are_counted_exactly():
     assert 4 * count <= moment["parameters"] < 4 * count + 1000  # rotary frequencies
 
 
+@pytest.mark.slow
 def test_chunks_that_are_not_planned_would_change_nothing(monkeypatch):
     thinking = replace(THINKING, thought_length=1)
     thinking = replace(thinking, block_chunk=8 * thinking.slots)

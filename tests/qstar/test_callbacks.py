@@ -80,6 +80,7 @@ if trainer.is_world_process_zero():
 """
 
 
+@pytest.mark.slow
 def test_the_metrics_of_two_processes_are_their_mean(tmp_path):
     one = stock(tmp_path, max_steps=2)
     one.train()

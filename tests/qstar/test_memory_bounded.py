@@ -86,6 +86,7 @@ def test_accumulated_micro_batches_have_the_gradients_of_the_large_batch(micro):
     assert_close(found, expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one():
     torch._dynamo.reset()
     model = thinking_model(policy_weight=10.0).train()
