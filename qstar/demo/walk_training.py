@@ -155,8 +155,8 @@ def fit_rows(
             )
         else:
             trainer = Trainer(**common)
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(ThoughtProgress())
+            if trainer.pop_callback(ProgressCallback) is not None:
+                trainer.add_callback(ThoughtProgress())
         trainer.train()
     return model.eval()
 

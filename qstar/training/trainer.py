@@ -47,8 +47,8 @@ class QuietStarTrainer(Trainer):
         self._gradient_norm_steps = gradient_norm_steps
         self.thoughts = QuietStarCallback(self)
         self.add_callback(self.thoughts)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(ThoughtProgress())
+        if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm
+            self.add_callback(ThoughtProgress())
         self.add_callback(_StopBeforeNonFinite())
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
