@@ -16,6 +16,7 @@ def pytest_on_suite(*options, **environment):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_suite_is_collected_and_one_benchmark_of_it_runs():
     done = pytest_on_suite("-k", "sampling and 64", "--benchmark-disable")
     assert done.returncode == 0, done.stdout + done.stderr

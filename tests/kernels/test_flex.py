@@ -27,6 +27,7 @@ def test_out_and_lse_of_every_option_equal_the_dense_mask(name, as_on_a_gpu):
             assert (found - true).abs().max() <= 2 * (dense - true).abs().max() + 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_on_a_cpu_it_gives_out_and_no_lse():
     for name in ("window_9", "plain"):  # two shapes: compiled for changing shapes, it is wrong C++

@@ -380,6 +380,7 @@ def test_an_unknown_command_is_told_which_there_are(capsys, argv, there_are):
     assert there_are in err
 
 
+@pytest.mark.slow
 def test_the_process_itself_exits_with_1_and_one_line(tmp_path):
     command = [
         sys.executable,
