@@ -1,7 +1,5 @@
 """The operator is EAGLE-3's training-time-test attention: out and each gradient, all steps and one by one."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

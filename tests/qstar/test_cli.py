@@ -366,6 +366,7 @@ def test_an_unknown_command_is_told_which_there_are(capsys, argv):
     assert ("train" if argv == ["trian"] else "step") in err
 
 
+@pytest.mark.slow
 def test_the_process_itself_exits_with_1_and_one_line(tmp_path):
     command = [
         sys.executable,

@@ -87,6 +87,7 @@ def c4(folder):
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  {data_files}---\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_first_two_steps_of_a_recipe_run_on_local_text_of_the_same_format(capsys, tmp_path, name):
     shape = {"max_position_embeddings": 512, "sliding_window": None, "num_hidden_layers": 1}

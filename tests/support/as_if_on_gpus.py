@@ -4,8 +4,6 @@ on with gloo on the CPU. `accelerate launch` with use_cpu starts it.
     as_if_on_gpus.py PROGRAM.py ARGUMENTS
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 

@@ -3,8 +3,6 @@
 killed_in_step_4.py PROGRAM.py ARGUMENTS
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import runpy

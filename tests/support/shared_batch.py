@@ -7,8 +7,6 @@ shared_batch.py thoughts       who thought what
 shared_batch.py half FOLDER    FSDP2 in bf16, and what a sharded model saves
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
