@@ -1,8 +1,8 @@
-"""EAGLE-3's training-time-test attention by the thought attention operator: no mask, all draft steps at once.
+"""Compute EAGLE-3's training-time-test attention with thought_attention: no mask, all draft steps at once.
 
-In EAGLE-3 (Li et al. 2025, arXiv 2503.01840, section 3.2) a draft model is trained on its own predictions:
+EAGLE-3 (Li et al. 2025, arXiv 2503.01840, section 3.2) trains a draft model on its own predictions: each
 position i is unrolled for draft steps s = 1 .. S. The query of step s at position i sees the step-0 keys
-j <= i, and the keys of its own steps 1 .. s. That is a block of S slots behind a prefix of i + 1 keys.
+j <= i and the keys of its own steps 1 .. s, so it is a block of S slots behind a prefix of i + 1 keys.
 
     python examples/eagle3_attention.py
 """
@@ -18,16 +18,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def draft_attention(q: Tensor, k: Tensor, v: Tensor, k0: Tensor, v0: Tensor) -> Tensor:
-    """q [B, T, S, Hq, D] and k, v [B, T, S, H, D] of steps 1 .. S; k0, v0 [B, T, H, D] of step 0 -> like q.
+    """Attend from q [B, T, S, Hq, D] to k, v [B, T, S, H, D] (steps 1 .. S) and k0, v0 [B, T, H, D] (step 0).
 
-    A trainer that unrolls one step after the other passes its last query alone: q [B, T, 1, Hq, D].
+    Returns a tensor like q. A trainer that unrolls step by step passes its last query only: [B, T, 1, Hq, D].
     """
     prefix_end = torch.arange(1, q.shape[1] + 1, device=q.device).expand(q.shape[0], -1)
     return thought_attention(q, k, v, k0, v0, prefix_end)[0]
 
 
 def draft_attention_dense(q: Tensor, k: Tensor, v: Tensor, k0: Tensor, v0: Tensor) -> Tensor:
-    """The same from its definition, with a mask of T * S x T * (S + 1)."""
+    """Compute the same from the definition, with a mask [T * S, T * (S + 1)]."""
     B, T, S, Hq, D = q.shape
     position, step = torch.arange(T).repeat_interleave(S), torch.arange(1, S + 1).repeat(T)
     sees_text = torch.arange(T) <= position[:, None]

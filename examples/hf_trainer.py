@@ -1,9 +1,9 @@
-"""Quiet-STaR in the stock Hugging Face Trainer.
+"""Train Quiet-STaR in the stock Hugging Face Trainer.
 
     pip install 'qstar[tensorboard]'
     python examples/hf_trainer.py [FOLDER]
 
-Interrupt it at any moment and run it again: it goes on with the losses that it would have had.
+Interrupt it at any moment and run it again: it resumes, with the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(folder: str = "outputs/hf_trainer", steps: int = 6, save_every: int = 2
             logging_steps=1,
             learning_rate=1e-4,
             report_to="tensorboard",
-            use_cpu=not torch.accelerator.is_available(),  # else processes under torchrun do not meet
+            use_cpu=not torch.accelerator.is_available(),  # or processes under torchrun stay apart
         ),
         train_dataset=rows,
         data_collator=collate,

@@ -1,9 +1,9 @@
-"""Quiet-STaR in a LightningModule.
+"""Train Quiet-STaR in a LightningModule.
 
     pip install 'qstar[lightning]'
     python examples/lightning_module.py [FOLDER]
 
-Interrupt it at any moment and run it again: it goes on with the losses that it would have had.
+Interrupt it at any moment and run it again: it resumes, with the losses of an uninterrupted run.
 """
 
 import sys
@@ -29,7 +29,7 @@ class Thinking(pl.LightningModule):
         self.model = QuietStarForCausalLM.from_base(TINY_LM, config, dtype="float32").train()
         texts = [walk.text() for walk in walks(20, seed="examples")]
         self.rows = text_rows(texts, AutoTokenizer.from_pretrained(TINY_LM), span_length=34)
-        self.source = torch.Generator().manual_seed(0)  # of the thoughts: Lightning saves none
+        self.source = torch.Generator().manual_seed(0)  # draws the thoughts; Lightning would not save it
 
     def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
         output = self.model(**batch, generator=self.source)

@@ -1,4 +1,4 @@
-"""Teach a frozen model to think by LoRA: adapters in the base model, the thought parts trained whole.
+"""Teach a frozen model to think with LoRA: adapters in the base model, all weights in the thought parts.
 
 pip install 'qstar[peft]'
 python examples/lora.py [FOLDER]
@@ -22,7 +22,7 @@ except ImportError as error:
 
 
 def main(folder: Path, steps: int = 20) -> dict[str, float]:
-    """Train, save the adapter, load it, merge it; returns the mixed NLL of its text at each of these."""
+    """Train, save, load and merge an adapter; return the mixed NLL (nats per token) after each of these."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY_LM)
     batch = tokenizer(["the king of the north rode out at dawn and did not come back"], return_tensors="pt")
@@ -48,7 +48,7 @@ def main(folder: Path, steps: int = 20) -> dict[str, float]:
     model.save_pretrained(folder / "adapter")  # without the base model's weights
     model = QuietStarForCausalLM.from_pretrained(folder / "adapter", dtype="float32")
     found["loaded"] = nll(model)
-    model.merge_adapter().save_pretrained(folder / "merged")  # whole, in the stock format
+    model.merge_adapter().save_pretrained(folder / "merged")  # all weights, in the stock format
     found["merged"] = nll(model)
     AutoModelForCausalLM.from_pretrained(folder / "merged")
     return found

@@ -1,8 +1,8 @@
-"""Quiet-STaR in a plain PyTorch loop.
+"""Train Quiet-STaR in a plain PyTorch loop.
 
     python examples/pytorch_loop.py [FOLDER]
 
-Interrupt it at any moment and run it again: it goes on with the losses that it would have had.
+Interrupt it at any moment and run it again: it resumes, with the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(folder: str = "outputs/pytorch_loop", steps: int = 6, save_every: int =
     config = QuietStarConfig(thought_length=3, talk_length=2, policy_weight=1.0)
     model = QuietStarForCausalLM.from_base(TINY_LM, config, dtype="float32").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    source = torch.Generator().manual_seed(0)  # of the thoughts; on the CPU also for a model on a GPU
+    source = torch.Generator().manual_seed(0)  # draws the thoughts; stays on the CPU
 
     saved, first = Path(folder) / "state.pt", 0
     if saved.is_file():
@@ -49,7 +49,7 @@ def main(folder: str = "outputs/pytorch_loop", steps: int = 6, save_every: int =
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             saved.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state | {"source": source.get_state(), "step": step}, saved.with_suffix(".new"))
-            os.replace(saved.with_suffix(".new"), saved)  # all of it at once, or nothing
+            os.replace(saved.with_suffix(".new"), saved)  # atomic: the old state or the new one
     model.save_pretrained(Path(folder) / "model")  # `qstar generate --model` reads it
 
 

@@ -1,8 +1,8 @@
-"""Quiet-STaR in several processes, each with the whole model and a part of every batch (DDP).
+"""Train Quiet-STaR in several processes, each with the whole model and a part of every batch (DDP).
 
     torchrun --standalone --nproc-per-node=2 examples/torchrun_ddp.py [FOLDER]
 
-Interrupt it and run it again, also with more processes or by plain `python`: it goes on where it was.
+Interrupt it and run it again, also with more processes or with plain `python`: it resumes.
 """
 
 import os
@@ -38,9 +38,9 @@ def main(folder: str = "outputs/torchrun_ddp", steps: int = 6, save_every: int =
     parallel = DistributedDataParallel(model)
     for step, batch in zip(range(first + 1, steps + 1), ShuffledBatches(rows, 4, first=first)):
         part = {name: x.chunk(processes)[rank].to(device) for name, x in batch.items()}
-        source = torch.Generator().manual_seed(step)  # so there is none to save
+        source = torch.Generator().manual_seed(step)  # no state to save
         output = parallel(**part, generator=source, num_items_in_batch=model.count_items(**batch))
-        (processes * output.loss).backward()  # gradients are averaged, but those of the parts add up
+        (processes * output.loss).backward()  # gradients are averaged over processes, but must be summed
         optimizer.step()
         optimizer.zero_grad()
         distributed.all_reduce(loss := output.loss.detach())
@@ -50,7 +50,7 @@ def main(folder: str = "outputs/torchrun_ddp", steps: int = 6, save_every: int =
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             saved.parent.mkdir(parents=True, exist_ok=True)
             torch.save(state, saved.with_suffix(".new"))
-            os.replace(saved.with_suffix(".new"), saved)  # all of it at once, or nothing
+            os.replace(saved.with_suffix(".new"), saved)  # atomic: the old state or the new one
     distributed.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
-"""Quiet-STaR in TRL's SFTTrainer, which prepares the data and has the options of SFTConfig.
+"""Train Quiet-STaR in TRL's SFTTrainer, which prepares the data and takes the options of SFTConfig.
 
     pip install 'qstar[trl]'
     python examples/trl_sft.py [FOLDER]
 
-Interrupt it at any moment and run it again: it goes on with the losses that it would have had.
+Interrupt it at any moment and run it again: it resumes, with the losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ except ImportError as error:
 
 
 class ThinkingSFTTrainer(SFTTrainer):
-    compute_loss = Trainer.compute_loss  # the model's own loss; SFTTrainer's is of a plain language model
+    compute_loss = Trainer.compute_loss  # the model's own loss; SFTTrainer's is a plain language model's
 
 
 def main(folder: str = "outputs/trl_sft", steps: int = 6, save_every: int = 2) -> None:

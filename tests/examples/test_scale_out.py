@@ -49,6 +49,7 @@ def launched(*arguments: str, fails: bool = False) -> dict[int, float]:
     return losses(ran.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["torchrun_ddp", "torchrun_fsdp2", "accelerate_loop"])
 def test_a_run_of_two_processes_is_interrupted_and_goes_on_with_one_and_with_four(tmp_path, way):
     program = str(ROOT / "examples" / f"{way}.py")
@@ -75,6 +76,7 @@ def test_a_run_of_two_processes_is_interrupted_and_goes_on_with_one_and_with_fou
         assert after == pytest.approx({step: whole[step] for step in after}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerates_own_fsdp2_shards_and_resumes_with_four_processes(tmp_path):
     """It runs on GPUs alone, so it is told that there are some."""
     program = [str(SUPPORT / "as_if_on_gpus.py"), str(ROOT / "examples" / "accelerate_loop.py")]
@@ -91,6 +93,7 @@ def test_accelerates_own_fsdp2_shards_and_resumes_with_four_processes(tmp_path):
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_qstar_train_reports_once_from_two_processes(tmp_path):
     (tmp_path / "book.txt").write_text("A whale swims far away in the deep blue sea. " * 200)
     options = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from interrupted_runs import SAVE_EVERY, STEPS
+from torch import distributed
 from torch.nn.modules.module import register_module_forward_hook
 
 from qstar import QuietStarForCausalLM
@@ -26,6 +27,11 @@ EXAMPLES = {
     "torchrun_ddp": None,
     "torchrun_fsdp2": None,
 }
+# those whose interrupted runs share one Python: starting it with their imports costs more than the runs
+TOGETHER = {
+    "plain loops": ["pytorch_loop", "torchrun_ddp", "torchrun_fsdp2", "accelerate_loop"],
+    "trainers of others": ["hf_trainer", "trl_sft", "lightning_module"],
+}
 
 
 def needs(package: str | None) -> None:
@@ -33,7 +39,7 @@ def needs(package: str | None) -> None:
         pytest.skip(f"pip install 'qstar[{package}]'")
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("torchrun")])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_trains_and_run_again_goes_on_where_it_stopped(tmp_path, monkeypatch, name):
     needs(EXAMPLES[name])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -49,16 +55,20 @@ def test_an_example_trains_and_run_again_goes_on_where_it_stopped(tmp_path, monk
             runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"](str(tmp_path), steps, save_every=2)
     finally:
         hook.remove()
+        if distributed.is_initialized():  # where the example failed before its last line
+            distributed.destroy_process_group()
     assert len(losses) == 3 and all(map(math.isfinite, losses))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "package"), EXAMPLES.items(), ids=EXAMPLES.keys())
-def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, name, package):
-    needs(package)
+@pytest.mark.parametrize("names", TOGETHER.values(), ids=TOGETHER.keys())
+def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(tmp_path, names):
+    for name in names:
+        needs(EXAMPLES[name])
     paths = [str(ROOT / room) for room in ("", "kernels", "bench")]
+    examples = [f"examples/{name}.py" for name in names]
     ran = subprocess.run(
-        [sys.executable, ROOT / "tests" / "support" / "interrupted_runs.py", f"examples/{name}.py", tmp_path],
+        [sys.executable, ROOT / "tests" / "support" / "interrupted_runs.py", tmp_path, *examples],
         cwd=ROOT,
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
@@ -67,14 +77,16 @@ def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(t
         timeout=900,
     )
     assert ran.returncode == 0, ran.stderr
-    (_, whole, _), *interrupted = json.loads(ran.stdout.splitlines()[-1])
-    assert len(whole) == STEPS == len(set(whole))
-    assert [run.split("-")[0] for run, _, _ in interrupted] == ["terminated", "killed", "killed"]
-    for run, before, after in interrupted:
-        assert before == whole[: len(before)] and after == whole[-len(after) :], run
-        # the run that was terminated in step 5 had two saves; those killed within the second had one
-        saves = 2 if run == "terminated" else 1
-        assert len(before) == (5 if run == "terminated" else 4) and len(after) == STEPS - saves * SAVE_EVERY
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert list(found) == examples
+    for name, ((_, whole, _), *interrupted) in found.items():
+        assert len(whole) == STEPS == len(set(whole)), name
+        assert [run.split("-")[0] for run, _, _ in interrupted] == ["terminated", "killed", "killed"], name
+        for run, before, after in interrupted:
+            assert before == whole[: len(before)] and after == whole[-len(after) :], (name, run)
+            # the run that was terminated in step 5 had two saves; those killed within the second had one
+            steps, saves = (5, 2) if run == "terminated" else (4, 1)
+            assert (len(before), len(after)) == (steps, STEPS - saves * SAVE_EVERY), (name, run)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -1,14 +1,9 @@
 """The stock Trainer with our callback: what it logs and to whom, and that it resumes with its thoughts."""
 
 import gc
-import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,38 +63,6 @@ def test_every_metric_is_logged_at_the_steps_of_the_loss_as_the_mean_over_micro_
         assert two[2] == pytest.approx((one[1] + one[2]) / 2, rel=1e-4, abs=1e-6), name
     # the base NLL needs no thought, so the mean of two halves of a batch is that of the batch
     assert logged(small, "base_nll")[1] == pytest.approx(logged(each, "base_nll")[1], rel=1e-4)
-
-
-TWO_PROCESSES = """
-import json, sys
-from test_callbacks import logged, stock
-trainer = stock(sys.argv[1], max_steps=2, per_device_train_batch_size=1)
-trainer.train()
-if trainer.is_world_process_zero():
-    print(json.dumps({name: logged(trainer, name) for name in ("base_nll", "loss")}))
-"""
-
-
-@pytest.mark.slow
-def test_the_metrics_of_two_processes_are_their_mean(tmp_path):
-    one = stock(tmp_path, max_steps=2)
-    one.train()
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    tests = Path(__file__).parents[1]
-    paths = [tests / "qstar", tests / "support", *(tests.parent / room for room in ("", "kernels", "bench"))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ran = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])["base_nll"]
-    # before the first update nothing depends on the thoughts, which each process draws for itself
-    assert found["1"] == pytest.approx(logged(one, "base_nll")[1], rel=1e-5)
 
 
 def test_the_metrics_are_those_of_training_and_the_model_keeps_no_hook_afterwards(tmp_path):

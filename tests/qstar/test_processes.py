@@ -7,117 +7,73 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from shared_batch import CASES, HYBRID_CASES, MESSAGES, SHARDED_CASES, WHOLE_CASES
-from tiny_models import thinking_model, tokens
 
-from qstar.data import collate
-from qstar.distributed_random import rand
+pytestmark = pytest.mark.slow  # several processes
 
 pytestmark = pytest.mark.slow  # several processes
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What rank 0 of two processes (of the last run, three) says of each question."""
-    folder = tmp_path_factory.mktemp("sharded")
-    random = json.dumps({"thinking_positions": "random", "thinking_fraction": 0.5})
-    runs = {
-        "gradients": [2, ["gradients"]],
-        "hybrid": [4, ["hybrid"]],
-        "messages": [2, ["messages"]],
-        "saved": [2, ["half", str(folder)]],
-        "thoughts": [2, ["thoughts", "{}"]],
-        "thoughts at random positions": [3, ["thoughts", random]],
-    }
+def run(*runs: tuple[int, list[str]]) -> list[dict]:
+    """Run shared_batch.py in (processes, arguments) each and return what rank 0 printed."""
     root = SUPPORT.parents[1]
     paths = [str(root), str(root / "kernels"), str(root / "bench"), str(SUPPORT)]
     ran = subprocess.run(
-        [sys.executable, SUPPORT / "worlds.py", SUPPORT / "shared_batch.py", json.dumps(list(runs.values()))],
+        [sys.executable, SUPPORT / "worlds.py", SUPPORT / "shared_batch.py", json.dumps(runs)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    return dict(zip(runs, map(json.loads, json.loads(ran.stdout.splitlines()[-1]))))
+    return [json.loads(printed) for printed in json.loads(ran.stdout.splitlines()[-1])]
 
 
 ALL = [f"ddp, {name}" for name in CASES | WHOLE_CASES] + [f"fsdp2, {name}" for name in CASES | SHARDED_CASES]
 WITHOUT_POLICY = ("no policy", "only the base loss", "at the start, w = 0", "no thought", "frozen writer")
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_the_parts_of_a_batch_have_the_loss_and_gradients_of_the_whole(found, case):
-    loss_error, gradient_error, positive = found["gradients"][case]
-    assert loss_error < 1e-5 and gradient_error < 1e-5
-    assert positive > 0 or case.split(", ", 1)[1] in WITHOUT_POLICY  # else the policy term was not looked at
+# The cases of a test share one Python: starting it costs more than they do.
 
 
-@pytest.mark.parametrize("case", HYBRID_CASES)
-def test_so_have_shards_that_are_kept_in_copies(found, case):
-    loss_error, gradient_error, positive = found["hybrid"][f"fsdp2, {case}"]
-    assert loss_error < 1e-5 and gradient_error < 1e-5 and positive > 0
+def test_the_parts_of_a_batch_have_the_loss_and_gradients_of_the_whole():
+    """With the whole model in every process, with shards, and with shards that are kept in copies."""
+    gradients, hybrid = run((2, ["gradients"]), (4, ["hybrid"]))
+    assert sorted(gradients) == sorted(ALL)
+    assert sorted(hybrid) == [f"fsdp2, {name}" for name in HYBRID_CASES]
+    for case, (loss_error, gradient_error, positive) in (gradients | hybrid).items():
+        assert loss_error < 1e-5 and gradient_error < 1e-5, case
+        # else the policy term was not looked at
+        assert positive > 0 or case.split(", ", 1)[1] in WITHOUT_POLICY, case
 
 
-@pytest.mark.parametrize("case", MESSAGES)
-def test_a_layer_travels_as_often_as_the_plan_says(found, case):
+def test_a_layer_travels_as_often_as_the_plan_says():
     """docs/scaling.md: it does not depend on R; a step may begin with one gather more of one layer."""
-    k, kept = MESSAGES[case]["thought_length"], not MESSAGES[case]["sharding"]["reshard_after_forward"]
-    least, most = (2, 3) if kept else (k + 4, k + 5)
-    assert least <= found["messages"][case]["gather"] < most
-    assert found["messages"][case]["reduce"] == 1
+    (found,) = run((2, ["messages"]))
+    assert found.keys() == MESSAGES.keys()
+    for case, messages in found.items():
+        k, kept = MESSAGES[case]["thought_length"], not MESSAGES[case]["sharding"]["reshard_after_forward"]
+        least, most = (2, 3) if kept else (k + 4, k + 5)
+        assert least <= messages["gather"] < most, case
+        assert messages["reduce"] == 1, case
 
 
-def test_no_case_is_forgotten(found):
-    assert sorted(found["gradients"]) == sorted(ALL)
+def test_ranks_think_different_thoughts_from_one_seed_and_together_those_of_one_process():
+    random = json.dumps({"thinking_positions": "random", "thinking_fraction": 0.5})
+    found = run((2, ["thoughts", "{}"]), (3, ["thoughts", random]))
+    for processes, ((whole, drawn_next), *ranks) in zip((2, 3), (who.values() for who in found)):
+        own = [thoughts[0] for thoughts, _ in ranks]
+        assert len(own) == processes == len({str(x) for x in own})
+        assert own == whole
+        assert all(drawn == drawn_next for _, drawn in ranks)  # so one state is enough to resume from
 
 
-@pytest.mark.parametrize("run", ["thoughts", "thoughts at random positions"])
-def test_ranks_think_different_thoughts_from_one_seed_and_together_those_of_one_process(found, run):
-    (whole, drawn_next), *ranks = found[run].values()
-    own = [thoughts[0] for thoughts, _ in ranks]
-    assert len(own) == {"thoughts": 2, "thoughts at random positions": 3}[run] == len({str(x) for x in own})
-    assert own == whole
-    assert all(drawn == drawn_next for _, drawn in ranks)  # so one state is enough to resume from
-
-
-def test_one_process_draws_what_torch_does():
-    numbers = rand(3, 2, 5, torch.Generator().manual_seed(1), torch.device("cpu"), torch.float64)
-    assert torch.equal(
-        numbers, torch.rand(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    )
-
-
-def test_a_sharded_model_in_bf16_mixes_in_fp32_and_does_not_warn_of_its_gathered_copies(found):
-    assert 0 < found["saved"]["error"] < 0.02
-    assert found["saved"]["dtypes"] == ["torch.float32"]
-    assert found["saved"]["warned"] == []
-
-
-def test_a_sharded_model_is_saved_by_its_whole_state_and_refuses_without_it(found):
-    assert found["saved"]["saved"]
-    assert found["saved"]["refused"]["save"].startswith("state_dict = None: must be given")
-
-
-def test_a_frozen_writer_which_shares_weights_cannot_be_sharded(found):
-    assert found["saved"]["refused"]["writer"].startswith("writer = 'base': must be 'self' under FSDP2")
-
-
-def test_counts_of_another_model_are_refused():
-    model, items = thinking_model(), thinking_model(talk_length=3).count_items(tokens(2, 10))
-    with pytest.raises(
-        ValueError, match=r"^num_items_in_batch has shape \(5,\): must be one number, .* \(4,\)"
-    ):
-        model(tokens(2, 10), num_items_in_batch=items)
-
-
-def test_what_is_counted_are_targets_those_of_each_talk_step_and_rewarded_positions():
-    rows = [{"input_ids": [5] * n, "position_ids": list(range(n))} for n in (8, 3, 5)]
-    masked = [row | {"think_mask": [0, 1] * 4} for row in rows[:1]]
-    model = thinking_model(talk_length=2)
-    assert model.count_items(**collate(rows)).tolist() == [7 + 2 + 4, 7 + 2 + 4, 6 + 1 + 3, 5 + 0 + 2]
-    assert model.count_items(**collate(masked)).tolist() == [7, 3, 3, 2]
-    whole = {name: x[:, :-1] for name, x in collate(rows).items()}
-    assert model.count_items(whole["input_ids"]).tolist() == [18, 18, 15, 12]
+def test_a_sharded_model_mixes_in_fp32_is_saved_by_its_whole_state_and_has_no_frozen_writer(tmp_path):
+    (found,) = run((2, ["half", str(tmp_path)]))
+    assert 0 < found["error"] < 0.02
+    assert found["dtypes"] == ["torch.float32"]  # though it computes in bf16
+    assert found["warned"] == []  # of its gathered copies, which are in bf16
+    assert found["saved"]
+    assert found["refused"]["save"].startswith("state_dict = None: must be given")
+    assert found["refused"]["writer"].startswith("writer = 'base': must be 'self' under FSDP2")

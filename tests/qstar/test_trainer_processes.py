@@ -15,6 +15,8 @@ from qstar.training import last_complete_checkpoint
 
 pytestmark = pytest.mark.slow  # several processes
 
+pytestmark = pytest.mark.slow  # several processes
+
 SUPPORT = Path(__file__).parents[1] / "support"
 # (processes, folder, whose Trainer, way, resumes)
 RUNS: dict[str, tuple] = {
@@ -31,13 +33,8 @@ RUNS: dict[str, tuple] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def losses(folder):
+def train(folder: Path) -> dict[str, dict]:
+    """Run them all, one after the other, from one Python; return what each printed."""
     runs = []
     for processes, name, whose, way, resumes in RUNS.values():
         checkpoint = [str(folder / name / f"checkpoint-{SAVED}")] if resumes else []
@@ -52,19 +49,11 @@ def losses(folder):
     )
     assert ran.returncode == 0, ran.stderr
     printed = [json.loads(text.splitlines()[-1]) for text in json.loads(ran.stdout.splitlines()[-1])]
-    for (_, _, _, way, _), run in zip(RUNS.values(), printed):
-        assert run["fsdp"] == (way != "ddp")
-    return {name: list(run["losses"].values()) for name, run in zip(RUNS, printed)}
+    return dict(zip(RUNS, printed))
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_losses_do_not_depend_on_the_number_of_processes_nor_on_an_interruption(losses, run):
-    alone = "stock, 1" if run.startswith("stock") else "own, unequal rows, 1"
-    assert len(losses[run]) == STEPS
-    assert losses[run] == pytest.approx(losses[alone], rel=1e-5)
-
-
-def test_what_a_sharded_run_saves_is_a_whole_model_or_its_shards(losses, folder):
+def check_saved(folder: Path) -> None:
+    """A sharded run saves a whole model, or shards of which none may be missing."""
     saved = QuietStarForCausalLM.from_pretrained(folder / "whole" / f"checkpoint-{STEPS}").state_dict()
     alone = QuietStarForCausalLM.from_pretrained(folder / "stock-alone" / f"checkpoint-{STEPS}").state_dict()
     for name, expected in alone.items():
@@ -73,3 +62,14 @@ def test_what_a_sharded_run_saves_is_a_whole_model_or_its_shards(losses, folder)
     assert last_complete_checkpoint(folder / "sharded") == str(last)
     (last / "pytorch_model_fsdp_0" / ".metadata").rename(last / "metadata")  # a crash came before it
     assert last_complete_checkpoint(folder / "sharded") == str(folder / "sharded" / f"checkpoint-{SAVED}")
+
+
+def test_losses_and_metrics_do_not_depend_on_the_number_of_processes_nor_on_an_interruption(tmp_path):
+    found = train(tmp_path)
+    for name, (_, _, _, way, _) in RUNS.items():
+        run, alone = found[name], found["stock, 1" if name.startswith("stock") else "own, unequal rows, 1"]
+        assert run["fsdp"] == (way != "ddp"), name
+        for metric in ("loss", "base_nll") if name.startswith("stock") else ("loss",):
+            assert len(run[metric]) == STEPS, (name, metric)
+            assert run[metric] == pytest.approx(alone[metric], rel=1e-5), (name, metric)
+    check_saved(tmp_path)

@@ -1,12 +1,14 @@
-"""Runs of an example, each in a forked process of its own: whole, terminated, or killed within a save.
+"""Run examples, each time in a forked process: whole, terminated, or killed within a save.
 
-    python interrupted_runs.py EXAMPLE.py FOLDER
+    python interrupted_runs.py FOLDER EXAMPLE.py ...
 
 The parent only imports, so a fork costs nothing and inherits no thread. The last line of stdout is a JSON
-list of (name of a run, losses of its steps until it ended, those after it was run again), in hexadecimal.
+object: of each example a list of (name of a run, losses of its steps until it ended, those after it was run
+again), in hexadecimal.
 A run that leaves something of ours on a module or class of another library fails.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -25,8 +27,10 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 
 def watch(losses: Path, changes: Path, terminate_in: int | None, kill_before: int | None) -> None:
-    """Write down each loss, and each change to the file system between steps 4 and 5: the second save. The
-    process terminates itself within step `terminate_in`, or kills itself before change `kill_before`."""
+    """Write down each loss, and each change to the file system between steps 4 and 5 (the second save).
+
+    Terminate the process within step `terminate_in`, or kill it before change `kill_before`.
+    """
     seen = {"steps": 0, "changes": 0}
 
     def on_forward(module, inputs, output) -> None:
@@ -53,7 +57,7 @@ def watch(losses: Path, changes: Path, terminate_in: int | None, kill_before: in
 
 
 def patched() -> list[str]:
-    """What the modules of others, or their classes, have that was defined in ours or in the example."""
+    """List what modules of others, or their classes, hold that was defined in ours or in the example."""
 
     def ours(name: object) -> bool:
         return str(name).split(".")[0] in ("__main__", "qstar", "qstar_kernels", "qstar_bench")
@@ -72,7 +76,7 @@ def patched() -> list[str]:
 
 
 def run(example: str, folder: Path, terminate_in: int | None = None, kill_before: int | None = None) -> list:
-    """The losses of `python EXAMPLE.py FOLDER`, in a process of its own."""
+    """Run `python EXAMPLE.py FOLDER` in a process of its own and return its losses."""
     losses, changes = folder.with_suffix(".losses"), folder.with_suffix(".changes")
     losses.unlink(missing_ok=True)
     process = os.fork()
@@ -94,10 +98,8 @@ def run(example: str, folder: Path, terminate_in: int | None = None, kill_before
     return losses.read_text().split()
 
 
-def main(example: str, folder: str) -> None:
-    spec = importlib.util.spec_from_file_location("example", example)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    root = Path(folder)
+def interrupt(example: str, root: Path) -> list[tuple[str, list, list]]:
+    root.mkdir()
     found = [("whole", run(example, root / "whole"), [])]
     changes = len((root / "whole.changes").read_text().splitlines())
     ways: dict[str, dict] = {"terminated": {"terminate_in": STEPS - 1}}
@@ -105,7 +107,15 @@ def main(example: str, folder: str) -> None:
         ways[f"killed-{at}-of-{changes}"] = {"kill_before": at}
     for name, way in ways.items():
         found.append((name, run(example, root / name, **way), run(example, root / name)))
-    print(json.dumps(found))
+    return found
+
+
+def main(folder: str, *examples: str) -> None:
+    for example in examples:
+        spec = importlib.util.spec_from_file_location("example", example)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    gc.freeze()  # else the collector of every fork walks, and so copies, all that was imported
+    print(json.dumps({path: interrupt(path, Path(folder, Path(path).stem)) for path in examples}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run of the Trainer in as many processes as there are; rank 0 prints {step: loss} as JSON.
+"""A run of the Trainer in as many processes as there are; rank 0 prints what it logged as JSON.
 
     trainer_run.py FOLDER stock|own ddp|FULL_STATE_DICT|SHARDED_STATE_DICT [CHECKPOINT]
 
@@ -47,10 +47,10 @@ def main(folder: str, which: str, way: str, resume_from: str | None = None) -> N
     if which == "stock":
         trainer.add_callback(QuietStarCallback(trainer))
     trainer.train(resume_from_checkpoint=resume_from)
-    losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
-    found = {"fsdp": trainer.is_fsdp_enabled, "losses": losses}
+    history = trainer.state.log_history
+    found = {name: [log[name] for log in history if name in log] for name in ("loss", "base_nll")}
     if trainer.is_world_process_zero():
-        print(json.dumps(found))
+        print(json.dumps(found | {"fsdp": trainer.is_fsdp_enabled}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Runs of a Python program in several processes, as torchrun would start them but forked from one process
-that has imported everything: starting Python with torch costs more than these runs.
+"""Run a Python program in several processes, as torchrun would start them but forked from one process that
+has imported everything: starting Python with torch costs more than these runs.
 
     python worlds.py PROGRAM.py '[[2, ["ARGUMENT", ...]], [1, [...]]]'
 
-The last line of stdout is a JSON list: of each run, one after the other, what rank 0 printed.
+The runs go one after the other. The last line of stdout is a JSON list of what rank 0 printed in each.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ SECONDS, PAUSE = 300, 0.02
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Return the variables that torchrun sets for a process."""
     ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "worlds"}
@@ -31,7 +32,7 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def run(program: str, processes: int, arguments: list[str]) -> str:
-    """What rank 0 printed. Ends this process when a rank fails, or all take too long."""
+    """Return what rank 0 printed. Raises SystemExit when a rank fails or the run takes too long."""
     with socket.socket() as free, tempfile.TemporaryFile("w+") as printed:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,6 +74,7 @@ def main(program: str, runs: str) -> None:
     spec = importlib.util.spec_from_file_location("program", program)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     sys.path.insert(0, str(Path(program).parent))
+    gc.freeze()  # else the collector of every fork walks, and so copies, all that was imported
     print(json.dumps([run(program, *one) for one in json.loads(runs)]))
 
 
