@@ -9,8 +9,6 @@ import sys
 import pytest
 from packages import EXTRAS, OPTIONAL, REQUIRED, ROOT, third_party
 
-pytestmark = pytest.mark.slow  # several processes
-
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 WITHOUT = """
 import json, runpy, sys

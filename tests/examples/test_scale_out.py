@@ -14,8 +14,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-pytestmark = pytest.mark.slow  # several processes
-
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 CONFIGS = ROOT / "examples" / "accelerate"

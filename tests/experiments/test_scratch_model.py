@@ -19,6 +19,7 @@ from qstar.data import collate
 from qstar.demo import walk_training as demo
 from qstar.demo.town import STEPS, STREETS, is_held_out
 from qstar.layout import IGNORE
+from qstar.thinker import Thinker
 
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 
@@ -295,14 +296,11 @@ def test_answers_are_those_that_the_model_generates_and_w_0_is_the_base_model_al
 def test_every_token_of_a_text_is_scored_once_and_without_thoughts_as_the_base_model_does(
     thinker, tokenizer, monkeypatch
 ):
-    def drawn(
-        self, text, layout, config, generator
-    ):  # a model that has learned nothing thinks always the same
-        return torch.randint(
-            300, 1000, (*layout.positions.shape, 1, config.thought_length), generator=generator
-        )
+    def drawn(self, text, layout, generator):  # a model that has learned nothing thinks always the same
+        shape = (*layout.positions.shape, 1, self.config.thought_length)
+        return torch.randint(300, 1000, shape, generator=generator)
 
-    monkeypatch.setattr(QuietStarForCausalLM, "sample_thoughts", drawn)
+    monkeypatch.setattr(Thinker, "sample_thoughts", drawn)
     for kind, texts in (("kinship", 3), ("prose", 3)):
         unseen = scratch_training.Unseen.make(kind, tokenizer, questions=3, texts=texts)
         found = scratch_training.text_scores(thinker, unseen, scratch_training.WAYS, seed=0)
@@ -338,11 +336,11 @@ def test_a_thought_that_is_the_useful_aside_is_counted(thinker, tokenizer, monke
     useful = torch.tensor(tokenizer([f" {q.useful_aside}" for q in unseen.questions])["input_ids"])
     useful[1, 3] += 1
 
-    def written(self, text, layout, config, generator):
-        assert config.thought_temperature == 1
+    def written(self, text, layout, generator):
+        assert self.config.thought_temperature == 1
         return useful[:, None, None]
 
-    monkeypatch.setattr(QuietStarForCausalLM, "sample_thoughts", written)
+    monkeypatch.setattr(Thinker, "sample_thoughts", written)
     assert scratch_training.useful_share(thinker, unseen, seed=0) == 0.75
 
 

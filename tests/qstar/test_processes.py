@@ -11,8 +11,6 @@ from shared_batch import CASES, HYBRID_CASES, MESSAGES, SHARDED_CASES, WHOLE_CAS
 
 pytestmark = pytest.mark.slow  # several processes
 
-pytestmark = pytest.mark.slow  # several processes
-
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
