@@ -10,6 +10,8 @@ TEST_READY := $(VENV)/.test-ready
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 QSTAR := --no-build-isolation --editable
 export TIMEFORMAT := set-up: %R s
+# with --no-compile the first import writes the bytecode, also where the environment forbids it
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo proof proof-real curves test test-all lint compat bench models look gpu clean
 
