@@ -15,10 +15,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo proof proof-real curves test test-all lint compat bench models look gpu clean
 
-# what `make demo` needs; torch alone and first: its pin picks the build, every later package finds it there
+# what `make demo` needs; torch alone and first: its pin picks the build, every later package finds it there, and its
+# bytecode is written while pip waits for the network
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	time ( set -e; test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-		$(PIP) torch 'setuptools>=77'; $(PIP) $(QSTAR) . )
+		$(PIP) torch 'setuptools>=77'; \
+		$(BIN)/python -W ignore -c 'import torch._dynamo, torch.distributed.tensor' & $(PIP) $(QSTAR) .; wait )
 	touch $@
 
 # the developers' tools and every extra on top
